@@ -182,7 +182,7 @@ class KVCache:
         """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
         start, end = self.length, self.length + k.shape[1]
         for buffers, new in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):  # (B, H, T, D)
-            buffer = buffers[layer] if layer < len(buffers) else new[:, :, :0]
+            buffer = buffers[layer] if start else new[:, :, :0]
             if torch.is_grad_enabled():
                 buffer = torch.cat((buffer[:, :, :start], new), dim=2) if start else new
             else:
@@ -354,11 +354,12 @@ class OpenLlamaPreTrainedModel(nn.Module):
         root = model if model.decoder is not model else nn.ModuleDict({"model": model})  # has a checkpoint's names
         own, computed = root.state_dict(), "rotary_emb.inv_freq"  # in old checkpoints
         heads = () if isinstance(model, OpenLlamaForCausalLM) else {"lm_head.weight", "score.weight"} - own.keys()
-        tensors = {name: x for name, x in tensors.items() if name not in heads and not name.endswith(computed)}
+        prefix = "" if any(name.startswith("model.") for name in tensors) else "model."  # a bare model of transformers
+        tensors = {prefix + name: x for name, x in tensors.items() if name not in heads and not name.endswith(computed)}
         if "score.weight" in own.keys() - tensors.keys():
             warnings.warn(f"{folder} has no score.weight: the classifier's head starts untrained", stacklevel=2)
             tensors["score.weight"] = torch.empty(own["score.weight"].shape).normal_(std=config.initializer_range)
-        dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+        dtype = dtype or reduce(torch.promote_types, [x.dtype for x in tensors.values()] or [torch.float32])
         try:
             root.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
         except RuntimeError as error:
@@ -427,7 +428,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         expect(fits, f"input of shape {tuple(x.shape)}, embedded: expected (B, T, {config.hidden_size}), not empty")
         B, T, _ = x.shape
         cache = past_key_values if isinstance(past_key_values, KVCache) else KVCache(past_key_values or ())
-        if len(cache):
+        if cache.length:
             expect(len(cache) == len(self.layers), f"past_key_values: {len(cache)} layers, expected {len(self.layers)}")
             expect_shape("past_key_values", cache[0][0], (B, config.num_attention_heads, cache.length, config.head_dim))
         real, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
@@ -468,11 +469,11 @@ def locate_tokens(attention_mask, position_ids, cache: KVCache, B: int, T: int, 
         positions, lengths = torch.arange(S, device=device)[None], torch.full((1, 1), S, device=device)
     else:
         positions, lengths = (real.cumsum(1) - 1).clamp(min=0), real.sum(1, keepdim=True)
-    if position_ids is not None:
-        expect_shape("position_ids", position_ids, (B, T), (1, T))
-        old = positions[:, :past] if cache.positions is None else cache.positions
-        positions = torch.cat((old.expand(B, -1), position_ids.expand(B, -1)), dim=1)
-    return real, positions, lengths
+    old = positions[:, :past] if cache.positions is None else cache.positions
+    new = positions[:, past:] if position_ids is None else position_ids
+    expect_shape("position_ids", new, (B, T), (1, T))
+    rows = max(len(old), len(new))
+    return real, torch.cat((old.expand(rows, -1), new.expand(rows, -1)), dim=1), lengths
 
 class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
     """The decoder and a head, which turns hidden states into logits and compares them with labels."""
@@ -510,8 +511,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
         """Continue each row of input_ids (B, T): returns (B, T + new). Arguments and errors are those of `stream`."""
-        new = [ids[:, None] for ids in self.stream(input_ids, attention_mask, **sampling)]
-        return torch.cat([input_ids, *new], dim=1)
+        return torch.cat([input_ids, *(ids[:, None] for ids in self.stream(input_ids, attention_mask, **sampling))], 1)
 
     @torch.no_grad()
     def stream(
@@ -525,26 +525,25 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         repetition_penalty: above 1, what a row already holds gets less likely (https://arxiv.org/abs/1909.05858).
         eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never.
         """
-        config = self.config
         expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt: input_ids of shape {tuple(input_ids.shape)}")
-        check_ids("input_ids", input_ids.cpu(), config.vocab_size)
+        check_ids("input_ids", input_ids.cpu(), self.config.vocab_size)
         B, T = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
         expect_shape("attention_mask", real, (B, T))
         expect(real.any(1).all(), "empty prompt: attention_mask has a row without a real token")
         if max_new_tokens is None:
-            max_new_tokens = (config.max_position_embeddings if max_length is None else max_length) - T
+            max_new_tokens = (self.config.max_position_embeddings if max_length is None else max_length) - T
         expect(max_new_tokens > 0, f"{max_new_tokens=} behind {T} ({max_length=}): expected at least 1")
         expect(temperature >= 0, f"temperature={temperature}: expected at least 0")
         expect(top_k is None or top_k >= 0, f"top_k={top_k}: expected at least 0, or None")
         expect(top_p is None or 0 < top_p <= 1, f"top_p={top_p}: expected a probability in (0, 1]")
         expect(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: expected more than 0")
-        eos = config.eos_token_id if eos_token_id == "config" else eos_token_id
+        eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
         eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=input_ids.device).flatten()
-        pad = config.pad_token_id if pad_token_id == "config" else pad_token_id
+        pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         rows, last = torch.arange(B, device=input_ids.device), T - 1 - real.flip(1).argmax(1)  # the last real token
-        seen = real.new_zeros(B, config.vocab_size).scatter_add_(1, input_ids, real) > 0  # tokens that the row holds
+        seen = real.new_zeros(B, self.config.vocab_size).scatter_add_(1, input_ids, real) > 0  # (B, V)
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
         ids, mask = input_ids, attention_mask
         for _ in range(max_new_tokens):
@@ -652,10 +651,10 @@ def demo_checkpoint(folder: Path) -> Path:
         vocab_size=259, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4,
         bos_token_id=None, eos_token_id=1, initializer_range=0.1, hidden_dropout_prob=0, attention_dropout_prob=0,
     ))  # fmt: skip
-    steps, B, T, lr = 300, 4, 192, 5e-3
+    steps, B, T, lr = 500, 4, 160, 4e-3
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
-        batch = data[torch.randint(len(data) - T + 1, (B, 1)) + torch.arange(T)]  # (B, T), anywhere in the text
+        batch = data[(torch.randint(len(data), (B, 1)) + torch.arange(T)) % len(data)]  # (B, T), from anywhere
         loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -724,8 +723,7 @@ def run(args: argparse.Namespace) -> None:
         return ids
 
     prompt = args.prompt_ids or args.prompt or ("" if args.checkpoint or args.chat else "Beautiful is better")
-    prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else prompt
-    prompt = sys.stdin.read() if args.prompt == "-" else prompt
+    prompt = args.prompt_file.read_text("utf-8") if args.prompt_file else sys.stdin.read() if prompt == "-" else prompt
     for _ in range(0 if args.chat else args.num_samples):
         sample(encode(prompt))
     ids = []  # user:{prompt}\nsystem:{answer}</s>, turn after turn
@@ -743,7 +741,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError) as error:
-        print("openllama.py: error:", *str(error).split(), file=sys.stderr)
+        hint = ("- pip install", error.name) if isinstance(error, ImportError) else ()
+        print("openllama.py: error:", *str(error).split(), *hint, file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
