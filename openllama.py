@@ -132,8 +132,8 @@ class OpenLlamaConfig:
         expect(not callable(self.hidden_act), f"hidden_act={self.hidden_act}: config.json holds a name, not a function")
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(self.to_dict() | more, indent=2) + "\n")
-        path.with_suffix(".tmp").replace(path)
+        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(self.to_dict() | more, indent=2) + "\n")
+        path.with_suffix(f".{os.getpid()}").replace(path)
 
 def read_json(path: Path) -> dict:
     try:
@@ -252,7 +252,8 @@ def choose_attention(eager: bool, x: Tensor, real: Tensor | None, T: int, S: int
     A query sees itself and every real token before it; itself even where it is padding, as a softmax over nothing is
     NaN. real: (B, S) bool, False for padding; None: no padding.
     """
-    if not eager and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and (real is None or T == S):
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (real is None or T == S):
         with contextlib.suppress(ImportError):
             return xformers_attention(real)
     if not eager and real is None and T in (1, S):
@@ -372,8 +373,8 @@ class OpenLlamaPreTrainedModel(nn.Module):
         path, prefix = Path(folder) / "model.safetensors", "model." if self.decoder is self else ""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {prefix + name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
-        path.with_suffix(".tmp").replace(path)
+        save_file(tensors, path.with_suffix(f".{os.getpid()}"), metadata={"format": "pt"})
+        path.with_suffix(f".{os.getpid()}").replace(path)
         dtype = str(tensors["model.norm.weight"].dtype)[len("torch.") :]
         self.config.save_pretrained(folder, architectures=[type(self).__name__], torch_dtype=dtype)
 
@@ -543,7 +544,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         rows, last = torch.arange(B, device=input_ids.device), T - 1 - real.flip(1).argmax(1)  # the last real token
-        seen = real.new_zeros(B, self.config.vocab_size).scatter_add_(1, input_ids, real) > 0  # (B, V)
+        seen = real.new_zeros(B, self.config.vocab_size).scatter_add_(1, input_ids.long(), real) > 0  # (B, V)
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
         ids, mask = input_ids, attention_mask
         for _ in range(max_new_tokens):

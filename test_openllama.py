@@ -1224,6 +1224,16 @@ def test_the_file_alone_needs_nothing_but_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_example_of_the_readme_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["config.json", "model.safetensors"]
+
+
 def test_importing_is_quiet_and_brings_in_torch_alone():
     code = "import torch, sys; before = set(sys.modules); import openllama; print(set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
