@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
 from pathlib import Path
@@ -32,6 +32,7 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, 
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 LIBRARY_KEYS = (  # what transformers writes into config.json besides the model
     "architectures auto_map transformers_version torch_dtype dtype label2id tokenizer_class pretraining_tp max_length "
+    "do_sample min_length early_stopping no_repeat_ngram_size return_dict_in_generate sep_token_id finetuning_task "
     "num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty num_return_sequences"
 ).split()
 
@@ -46,8 +47,7 @@ def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
 class OpenLlamaConfig:
     """The model's shape and switches: the document's `OpenLlamaConfig`, field by field.
     rope_scaling: None, or {"type": "linear" or "dynamic", "factor": above 1}. hidden_act: a name or a function.
-    An impossible value is a ValueError that names the field, the value and what was expected.
-    """
+    An impossible value is a ValueError that names the field, the value and what was expected."""
 
     vocab_size: int = 100000
     hidden_size: int = 4096
@@ -75,6 +75,8 @@ class OpenLlamaConfig:
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
+    head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
+    rope_is_dynamic = property(lambda self: "dynamic" in (self.rope_scaling or {}).values())
 
     def __post_init__(self):
         if (rope := self.rope_scaling) is not None:
@@ -87,7 +89,10 @@ class OpenLlamaConfig:
             self.rope_scaling = None if kind == "default" else {"type": kind, "factor": float(factor)}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type in (int, float):
+            expect(field.type is not bool or type(value) is bool, f"{name}={value!r}: expected true or false")
+            ids = (value if isinstance(value, list) else [value]) if name.endswith("_token_id") else []
+            expect(all(i is None or type(i) is int for i in ids), f"{name}={value!r}: expected a token's id or None")
+            if field.type in (int, float):  # 1e-30: any number above 0
                 low, high, wanted = (0, 1, "in [0, 1)") if "dropout" in name else (1e-30, math.inf, "above 0")
                 ok = type(value) in (int, field.type) and low <= value < high
                 expect(ok, f"{name}={value!r}: expected {field.type.__name__} {wanted}")
@@ -95,17 +100,15 @@ class OpenLlamaConfig:
         expect(C % H == 0, f"hidden_size={C} is not divisible by num_attention_heads={H}")
         expect(C // H % 2 == 0, f"hidden_size={C} / num_attention_heads={H}: expected an even head size, not {C // H}")
         expect(pad is None or pad in range(V), f"pad_token_id={pad!r}: expected None or an id below vocab_size={V}")
-        known = callable(self.hidden_act) or self.hidden_act in ACTIVATIONS
+        known = callable(self.hidden_act) or self.hidden_act in [*ACTIVATIONS]
         expect(known, f"hidden_act={self.hidden_act!r}: expected a function or one of {[*ACTIVATIONS]}")
         kinds = (None, "regression", "single_label_classification", "multi_label_classification")
         expect(self.problem_type in kinds, f"problem_type={self.problem_type!r}: expected one of {kinds}")
-        self.head_dim = C // H
-        self.rope_is_dynamic = self.rope_scaling is not None and self.rope_scaling["type"] == "dynamic"
 
     @classmethod
     def from_dict(cls, values: dict) -> "OpenLlamaConfig":
         """Read a config.json's contents, in any spelling that transformers has used. ValueError for a key that could
-        change the model: no field, none of the library's, not off (null, false, 0, empty), and not so here anyway."""
+        change the model: no field, none of the library's, not off (null, false, 0, empty), not what holds anyway."""
         values = {key.replace("memorry", "memory"): value for key, value in values.items()}  # sic, in most checkpoints
         values["rope_scaling"] = values.pop("rope_parameters", None) or values.get("rope_scaling")  # transformers 5
         kind = values.pop("model_type", "open-llama")  # one of other models is for convert_checkpoint.py
@@ -163,9 +166,8 @@ class KVCache:
     """Keys and values of the tokens seen so far: the only state that outlives a forward, which extends it in place.
     `cache[layer]` is (key, value), each (B, H, length, D), as in the document's tuple of tuples `past`, which is only
     read. Under dynamic scaling keys are kept before rotation, as their base changes with the length. The buffers hold
-    `capacity` positions and double when full; where autograd records, tensors are concatenated instead.
-    """
-    def __init__(self, past: Iterable[tuple[Tensor, Tensor]] = (), capacity: int = 0):
+    `capacity` positions and double when full; where autograd records, tensors are concatenated instead."""
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = (), capacity: int = 0):
         self.keys, self.values = [key for key, _ in past], [value for _, value in past]
         shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
         expect(len(shapes) <= 1, f"past_key_values of shapes {sorted(shapes)}: expected one, (B, H, S, D)")
@@ -189,11 +191,11 @@ class KVCache:
                 if end > buffer.shape[2]:
                     buffer = F.pad(buffer[:, :, :start], (0, 0, 0, max(end, 2 * start, self.capacity) - start))
                 buffer[:, :, start:end] = new
-            buffers[layer : layer + 1] = [buffer]
+            buffers[layer : layer + 1] = [buffer]  # replaced, or appended in the first forward
         return self.keys[layer][:, :, :end].transpose(1, 2), self.values[layer][:, :, :end].transpose(1, 2)
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, with the statistics in float32 (https://arxiv.org/abs/1910.07467)."""
+    """x / rms(x), computed in float32 and rounded before it is times the weight (https://arxiv.org/abs/1910.07467)."""
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -201,8 +203,7 @@ class RMSNorm(nn.RMSNorm):
 def rotary_embedding(config: OpenLlamaConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of positions (B|1, T), each (B|1, T, 1, D/2), in float32. RoPE: https://arxiv.org/abs/2104.09864.
     Linear scaling: https://arxiv.org/abs/2306.15595. Dynamic NTK scaling, which depends on each row's number of real
-    tokens, lengths (B|1, 1): https://arxiv.org/abs/2309.00071, appendix A.
-    """
+    tokens, lengths (B|1, 1): https://arxiv.org/abs/2309.00071, appendix A."""
     D, base, rope = config.head_dim, config.rope_theta, config.rope_scaling
     if config.rope_is_dynamic:  # growth is 1, and the base plain, up to max_position_embeddings
         growth = rope["factor"] * lengths.float() / config.max_position_embeddings - (rope["factor"] - 1)
@@ -220,8 +221,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None, eager: bool):
     """softmax(q k' / sqrt(D)) v: as in the textbook, with the weights, if eager; else by PyTorch's SDPA.
-    mask: True where a query sees a key, broadcast to (B, H, T, S); None, for SDPA only: causal, and T is S or 1.
-    """
+    mask: True where a query sees a key, broadcast to (B, H, T, S); None, for SDPA only: causal, and T is S or 1."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D)
     if not eager:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and q.shape[2] > 1)
@@ -232,8 +232,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | 
 
 def xformers_attention(real: Tensor | None) -> Callable:
     """xformers' attention, and all that this file knows of xformers. real: (B, T) bool, or None: no padding. Padding is
-    packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 under a block-diagonal causal bias.
-    """
+    packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 under a block-diagonal causal bias."""
     from xformers.ops import fmha, memory_efficient_attention
     if real is None:
         bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
@@ -250,8 +249,7 @@ def choose_attention(eager: bool, x: Tensor, real: Tensor | None, T: int, S: int
     """One forward's attention: a function of q (B, T, H, D), k and v (B, S, H, D) and dropout_p, to output and weights.
     Eager if asked for; else xformers for half precision on CUDA, where it is installed and takes the case; else SDPA.
     A query sees itself and every real token before it; itself even where it is padding, as a softmax over nothing is
-    NaN. real: (B, S) bool, False for padding; None: no padding.
-    """
+    NaN. real: (B, S) bool, False for padding; None: no padding."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (real is None or T == S):
         with contextlib.suppress(ImportError):
@@ -339,7 +337,8 @@ class OpenLlamaPreTrainedModel(nn.Module):
             module.weight = nn.Parameter(old.new_empty(size, old.shape[1]), requires_grad=old.requires_grad)
             self.init_weights(module)
             module.weight.data[: len(old)] = old.data[:size]
-        self.config.vocab_size = embedding.num_embeddings = size
+            setattr(module, "num_embeddings" if module is embedding else "out_features", size)
+        self.config.vocab_size = size
         return embedding
 
     @classmethod
@@ -347,16 +346,15 @@ class OpenLlamaPreTrainedModel(nn.Module):
         """Load a folder of config.json and model.safetensors, or shards and their index, in evaluation mode.
         Weights are mapped from the files, copied only where dtype (None: as stored) or device (None: CPU) ask for it.
         ValueError names all tensors that are missing, left over or misshaped. Only a classifier's head may be missing,
-        as it is from a language model's checkpoint: it is initialised, with a warning.
-        """
+        as it is from a language model's checkpoint: it is initialised, with a warning."""
         config, tensors = OpenLlamaConfig.from_pretrained(folder), read_safetensors(Path(folder))
         with torch.device("meta"):
             model = cls(config)
         root = model if model.decoder is not model else nn.ModuleDict({"model": model})  # has a checkpoint's names
-        own, computed = root.state_dict(), "rotary_emb.inv_freq"  # in old checkpoints
+        own, inv_freq = root.state_dict(), "rotary_emb.inv_freq"  # computed, though old checkpoints hold it
         heads = () if isinstance(model, OpenLlamaForCausalLM) else {"lm_head.weight", "score.weight"} - own.keys()
         prefix = "" if any(name.startswith("model.") for name in tensors) else "model."  # a bare model of transformers
-        tensors = {prefix + name: x for name, x in tensors.items() if name not in heads and not name.endswith(computed)}
+        tensors = {prefix + name: x for name, x in tensors.items() if name not in heads and not name.endswith(inv_freq)}
         if "score.weight" in own.keys() - tensors.keys():
             warnings.warn(f"{folder} has no score.weight: the classifier's head starts untrained", stacklevel=2)
             tensors["score.weight"] = torch.empty(own["score.weight"].shape).normal_(std=config.initializer_range)
@@ -368,15 +366,14 @@ class OpenLlamaPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `folder`/model.safetensors and then config.json, each of which is replaced once it is whole."""
+        """Write `folder`/config.json and then model.safetensors, each of which is replaced once it is whole."""
         from safetensors.torch import save_file
         path, prefix = Path(folder) / "model.safetensors", "model." if self.decoder is self else ""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {prefix + name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path.with_suffix(f".{os.getpid()}"), metadata={"format": "pt"})
-        path.with_suffix(f".{os.getpid()}").replace(path)
         dtype = str(tensors["model.norm.weight"].dtype)[len("torch.") :]
         self.config.save_pretrained(folder, architectures=[type(self).__name__], torch_dtype=dtype)
+        save_file(tensors, path.with_suffix(f".{os.getpid()}"), metadata={"format": "pt"})
+        path.with_suffix(f".{os.getpid()}").replace(path)
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by name, mapped from its files. ValueError names a file that is broken."""
@@ -414,8 +411,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         input_ids (B, T) or inputs_embeds (B, T, C), which pass by the stable embedding's norm.
         attention_mask (B, S): 0 for padding, on any side, cached tokens included; None: new tokens are real.
         position_ids (B|1, T); None: each row's real tokens are counted.
-        past_key_values: a KVCache, which is extended, or (key, value) per layer, each (B, H, S - T, D).
-        """
+        past_key_values: a KVCache, which is extended, or (key, value) per layer, each (B, H, S - T, D)."""
         config = self.config
         recompute = self.gradient_checkpointing and self.training and past_key_values is None
         use_cache = (config.use_cache if use_cache is None else use_cache) and not recompute
@@ -433,8 +429,8 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             expect(len(cache) == len(self.layers), f"past_key_values: {len(cache)} layers, expected {len(self.layers)}")
             expect_shape("past_key_values", cache[0][0], (B, config.num_attention_heads, cache.length, config.head_dim))
         real, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
-        turned = positions if config.rope_is_dynamic else positions[:, -T:]  # other cached keys are turned already
-        cos, sin = (part.to(x.dtype) for part in rotary_embedding(config, turned, lengths))
+        turning = positions if config.rope_is_dynamic else positions[:, -T:]  # else, cached keys are rotated already
+        cos, sin = (part.to(x.dtype) for part in rotary_embedding(config, turning, lengths))
         eager = output_attentions or not config.use_memory_efficient_attention
         attend = choose_attention(eager, x, real, T, cache.length + T)
         context = (cos, sin, attend, cache if use_cache or cache.length else None)
@@ -524,9 +520,8 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         max_new_tokens: default: up to max_length, prompt included; that defaults to max_position_embeddings.
         do_sample: draw by `generator` at a temperature (0: greedy) from the top_k and top_p; else take the likeliest.
         repetition_penalty: above 1, what a row already holds gets less likely (https://arxiv.org/abs/1909.05858).
-        eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never.
-        """
-        expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt: input_ids of shape {tuple(input_ids.shape)}")
+        eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never."""
+        expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt, or no (B, T): {tuple(input_ids.shape)}")
         check_ids("input_ids", input_ids.cpu(), self.config.vocab_size)
         B, T = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
@@ -535,7 +530,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         if max_new_tokens is None:
             max_new_tokens = (self.config.max_position_embeddings if max_length is None else max_length) - T
         expect(max_new_tokens > 0, f"{max_new_tokens=} behind {T} ({max_length=}): expected at least 1")
-        expect(temperature >= 0, f"temperature={temperature}: expected at least 0")
+        expect(temperature == 0 or temperature > 1e-6, f"temperature={temperature}: expected 0 or above 1e-6")
         expect(top_k is None or top_k >= 0, f"top_k={top_k}: expected at least 0, or None")
         expect(top_p is None or 0 < top_p <= 1, f"top_p={top_p}: expected a probability in (0, 1]")
         expect(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: expected more than 0")
@@ -543,6 +538,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=input_ids.device).flatten()
         pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
+        expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
         rows, last = torch.arange(B, device=input_ids.device), T - 1 - real.flip(1).argmax(1)  # the last real token
         seen = real.new_zeros(B, self.config.vocab_size).scatter_add_(1, input_ids.long(), real) > 0  # (B, V)
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
@@ -575,7 +571,7 @@ def filter_scores(scores: Tensor, top_k: int | None, top_p: float | None) -> Ten
         ascending, order = scores.sort()
         outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         outside[:, -1] = False
-        scores = scores.masked_fill(outside.scatter(1, order, outside), -math.inf)
+        scores = scores.masked_fill(outside.scatter(1, order, outside), -math.inf)  # back in the vocabulary's order
     return scores
 
 class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
@@ -627,10 +623,10 @@ def load_tokenizer(folder: Path, bos: int | None) -> tuple[Callable, Callable]:
 
 def stream_text(decode: Callable, prompt: list[int], new: Iterable[int], stop: str) -> Iterator[str]:
     """The text of the new ids as they come, in whole characters, up to `stop`."""
-    ids, text, shown = list(prompt), "", 0
+    ids, text, shown, start = list(prompt), "", 0, len(decode(prompt))
     for token in new:
         ids.append(token)
-        text = decode(ids)[len(decode(prompt)) :]  # decoded alone, a token would lose its leading space
+        text = decode(ids)[start:]  # decoded alone, a token would lose its leading space
         if stop and stop in text:
             text = text[: text.index(stop)]
             break
@@ -642,8 +638,10 @@ def stream_text(decode: Callable, prompt: list[int], new: Iterable[int], stop: s
 
 def demo_checkpoint(folder: Path) -> Path:
     """A byte-level model that knows the Zen of Python by heart, trained on first use: about 10 seconds on 2 cores."""
-    if (folder / "tokenizer_config.json").is_file():  # the last to be written
+    if (folder / "model.safetensors").is_file():  # the last to be written
         return folder
+    folder.mkdir(parents=True, exist_ok=True)  # where that is not allowed, it is told before the training
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n')
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         import this
     data = torch.tensor([ord(this.d.get(letter, letter)) + 3 for letter in this.s] + [1])  # ROT13; the last ends it
@@ -661,10 +659,9 @@ def demo_checkpoint(folder: Path) -> Path:
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"\rtraining the demo: step {step + 1}/{steps}, loss {loss:.3f} ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        end = "\n" if step + 1 == steps else ""
+        print(f"\rtraining the demo: step {step + 1}/{steps}, loss {loss:.3f} ", end=end, file=sys.stderr, flush=True)
     model.save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n')
     return folder
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -672,9 +669,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.error = lambda message: expect(False, message)
     add, cache = parser.add_argument, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     add("--checkpoint", type=Path, metavar="FOLDER", help="default: the demo, which is trained on first use")
-    add("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
-    add("--prompt-file", type=Path, metavar="FILE", help="file of the text to continue")
-    add("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids, and needs no tokenizer")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
+    either("--prompt-file", type=Path, metavar="FILE", help="file of the text to continue")
+    either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids, and needs no tokenizer")
     settings = {"max_new_tokens": 128, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
     for name, value in (settings | {"num_samples": 1}).items():
         add("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N", help="default: %(default)s")
@@ -685,6 +683,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda")[: 2 + torch.cuda.is_available()], default="auto")
     add("--demo-dir", type=Path, default=cache / "openllama-demo", metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
+    expect(args.num_samples > 0, f"--num-samples {args.num_samples}: expected at least 1")
     args.sampling = {name: getattr(args, name) for name in settings}
     return args
 
@@ -726,7 +725,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = args.prompt_ids or args.prompt or ("" if args.checkpoint or args.chat else "Beautiful is better")
     prompt = args.prompt_file.read_text("utf-8") if args.prompt_file else sys.stdin.read() if prompt == "-" else prompt
     for _ in range(0 if args.chat else args.num_samples):
-        sample(encode(prompt))
+        sample(encode(prompt.removesuffix("\n")))  # which echo and editors append
     ids = []  # user:{prompt}\nsystem:{answer}</s>, turn after turn
     while args.chat and (line := prompt or sys.stdin.readline()):
         ids = sample(ids + encode(f"user:{line.rstrip()}\nsystem:", False))

@@ -618,7 +618,13 @@ def test_a_cache_that_is_not_used_up_does_not_grow():
         ("pad_token_id", 100000, "pad_token_id=100000: expected None or an id below vocab_size=100000"),
         ("pad_token_id", -1, "pad_token_id=-1"),
         ("hidden_act", "sillu", "hidden_act='sillu'.*silu"),
+        ("hidden_act", ["silu"], "hidden_act="),
         ("problem_type", "guessing", "problem_type='guessing'"),
+        ("use_stable_embedding", "false", "use_stable_embedding='false': expected true or false"),
+        ("eos_token_id", "2", "eos_token_id='2'"),
+        ("eos_token_id", [2, "3"], "eos_token_id="),
+        ("bos_token_id", 1.0, "bos_token_id=1.0"),
+        ("pad_token_id", True, "pad_token_id=True"),
         ("rope_scaling", "linear", "rope_scaling='linear'"),
         ("rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling=.*yarn.*expected type linear or dynamic"),
         ("rope_scaling", {"type": "linear", "factor": 1.0}, "rope_scaling=.*factor > 1"),
@@ -678,13 +684,22 @@ def test_a_config_survives_its_file(tmp_path):
     assert os.listdir(tmp_path / "new") == ["config.json"]
 
 
+def test_scaling_may_be_chosen_after_construction():
+    model, ids = tiny(), batch("none")[0]
+    expected = tiny(rope_scaling={"type": "dynamic", "factor": 2.0})(ids).logits
+    model.config.rope_scaling = {"type": "dynamic", "factor": 2.0}
+    assert torch.equal(model(ids).logits, expected)
+
+
 def test_the_activation_may_be_a_function(tmp_path):
     model, same = tiny(hidden_act=torch.nn.functional.silu), tiny()
     ids = batch("none")[0]
     assert torch.equal(model(ids).logits, same(ids).logits)
     assert not torch.allclose(tiny(hidden_act=torch.sin)(ids).logits, same(ids).logits)
-    with pytest.raises(ValueError, match="hidden_act"):
-        model.config.save_pretrained(tmp_path)
+    for thing in (model.config, model):
+        with pytest.raises(ValueError, match="hidden_act"):
+            thing.save_pretrained(tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- initialisation and sizes
@@ -718,6 +733,7 @@ def test_resizing_keeps_the_tokens_that_stay(size, own_head):
     assert embedding is model.get_input_embeddings() and model.config.vocab_size == size
     assert_close(after.logits[..., :kept], before[..., :kept])
     assert after.logits.shape[-1] == size and after.loss.isfinite()
+    assert embedding.num_embeddings == size and (not own_head or model.lm_head.out_features == size)
     after.loss.backward()
     if size > V:
         assert embedding.weight[V:].std() > 0
@@ -906,6 +922,8 @@ BAD_INPUT = {
     "max_new_tokens negative": (lambda: MODEL.generate(PROMPTS, max_new_tokens=-1), "max_new_tokens=-1"),
     "max_length no longer than the prompt": (lambda: MODEL.generate(PROMPTS, max_length=3), "max_length=3"),
     "temperature negative": (lambda: MODEL.generate(PROMPTS, temperature=-0.1), "temperature=-0.1"),
+    "pad_token_id too high": (lambda: MODEL.generate(PROMPTS, pad_token_id=V), f"pad_token_id={V}"),
+    "temperature too low to divide by": (lambda: MODEL.generate(PROMPTS, temperature=1e-40), "temperature=1e-40"),
     "top_k negative": (lambda: MODEL.generate(PROMPTS, top_k=-1), "top_k=-1"),
     "top_p 0": (lambda: MODEL.generate(PROMPTS, top_p=0.0), "top_p=0.0"),
     "top_p above 1": (lambda: MODEL.generate(PROMPTS, top_p=1.1), "top_p=1.1"),
@@ -1056,6 +1074,19 @@ def test_the_demo_is_an_ordinary_small_checkpoint(demo, capsys):
     assert given.out == sample("--demo-dir", demo, "--prompt", "Now is", "--seed", 5, capsys=capsys).out
 
 
+def test_the_demo_replaces_no_other_checkpoint_and_survives_an_interrupted_training(tmp_path, monkeypatch, capsys):
+    tiny().save_pretrained(tmp_path / "mine")
+    before = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    openllama.main(["--demo-dir", str(tmp_path / "mine"), "--prompt-ids", "5"])
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+    steps = iter([None, None])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: next(steps, None) or os.kill(os.getpid(), signal.SIGINT))
+    assert openllama.main(["--demo-dir", str(tmp_path / "new")]) == 130
+    assert not (tmp_path / "new" / "model.safetensors").exists() and not (tmp_path / "new" / "config.json").exists()
+    (tmp_path / "file").touch()
+    assert openllama.main(["--demo-dir", str(tmp_path / "file")]) == 2 and "file" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_text(demo, capsys):
     texts = [sample("--demo-dir", demo, "--temperature", 2, "--seed", seed, capsys=capsys).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -1066,7 +1097,7 @@ def test_the_same_seed_gives_the_same_text(demo, capsys):
 def test_prompts_come_from_arguments_files_and_stdin(demo, capsys, monkeypatch, tmp_path):
     settings = ("--demo-dir", demo, "--temperature", 0)
     expected = sample(*settings, "--prompt", "Errors should", capsys=capsys).out
-    (tmp_path / "prompt").write_text("Errors should")
+    (tmp_path / "prompt").write_text("Errors should\n")  # which ends as editors end it
     assert sample(*settings, "--prompt-file", tmp_path / "prompt", capsys=capsys).out == expected
     monkeypatch.setattr("sys.stdin", io.StringIO("Errors should"))
     assert sample(*settings, "--prompt", "-", capsys=capsys).out == expected
@@ -1179,6 +1210,8 @@ def check_tokenizer(folder, bos):
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--prompt", ""], ""),
         (["--prompt-ids", "1,x"], "x"),
+        (["--prompt-ids", "1", "--prompt", "x"], "--prompt"),
+        (["--num-samples", "0"], "--num-samples 0"),
         (["--prompt-ids", "100000"], "100000"),
         (["--prompt-file", "/no/such/file"], "/no/such/file"),
         (["--checkpoint", "/no/such/folder"], "/no/such/folder"),
