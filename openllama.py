@@ -695,6 +695,7 @@ def run(args: argparse.Namespace) -> None:
     generator, eos = torch.Generator(device), model.config.eos_token_id
     seed = generator.seed() if args.seed is None else generator.manual_seed(args.seed).initial_seed()
     log(f"{model.num_parameters():,} parameters loaded in {time.perf_counter() - start:.2f} s; seed {seed}")
+    log("each line is a turn; Ctrl-D ends the conversation\n" * args.chat, end="")
     encode = lambda text, special=True: [int(number) for number in text.replace(",", " ").split()]
     decode = lambda ids: "".join(f"{number} " for number in ids)
     if args.prompt_ids is None:
