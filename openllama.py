@@ -540,15 +540,16 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
         rows, last = torch.arange(B, device=input_ids.device), T - 1 - real.flip(1).argmax(1)  # the last real token
-        seen = real.new_zeros(B, self.config.vocab_size).scatter_add_(1, input_ids.long(), real) > 0  # (B, V)
+        seen = real.new_zeros(B, self.config.vocab_size)  # how often a row holds each token
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
         ids, mask = input_ids, attention_mask
         for _ in range(max_new_tokens):
             hidden = self.model(ids, mask, None, cache, use_cache=True, output_attentions=False)[0]
             scores = self.head(hidden[rows, last]).float()  # (B, V), of the last position only
             if repetition_penalty != 1:
+                seen.scatter_add_(1, ids.long(), real)
                 penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-                scores = torch.where(seen, penalised, scores)
+                scores = torch.where(seen > 0, penalised, scores)
             if do_sample and temperature > 0:
                 probabilities = filter_scores(scores / temperature, top_k, top_p).softmax(-1)
                 token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -559,8 +560,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             yield token
             if done.all():
                 return
-            seen[rows, token] = True
-            ids, mask, last = token[:, None], None, -1  # the cache knows the prompt's padding
+            ids, real, mask, last = token[:, None], real.new_ones(B, 1), None, -1  # the cache knows of padding
 
 def filter_scores(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """-inf for scores (B, V) below the k-th, then for those outside the nucleus (https://arxiv.org/abs/1904.09751)."""
