@@ -68,11 +68,12 @@ def map_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def data_offset(path: Path, name: str) -> int:
-    """Where a tensor's bytes begin in a file of safetensors."""
+def data_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file of safetensors."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+        header = json.loads(file.read(length))
+    return {name: 8 + length + header[name]["data_offsets"][0] for name in header.keys() - {"__metadata__"}}
 
 
 def find_files(folder: Path) -> tuple[list[str], Path | None, dict[str, str]]:
@@ -95,6 +96,7 @@ class Source:
     def __init__(self, folder: Path, problems: list[str]):
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.holders: dict[str, list[Path]] = defaultdict(list)
+        self.offsets: dict[str, int] = {}  # of the tensors in files of safetensors
         self.mapped_path, self.mapped, self.read = None, {}, 0
         self.files, index_path, index = find_files(folder)
         for path in [folder / file for file in self.files]:
@@ -105,6 +107,8 @@ class Source:
                 for name, tensor in map_file(path).items():
                     self.tensors[name] = (tensor.dtype, tuple(tensor.shape))
                     self.holders[name].append(path)
+                if path.suffix == ".safetensors":
+                    self.offsets |= data_offsets(path)
             except ValueError as error:
                 problems.append(str(error))
                 index = {name: file for name, file in index.items() if folder / file != path}
@@ -128,7 +132,7 @@ class Source:
         if path.suffix == ".safetensors":
             buffer = bytearray(min(step, shape[0]) * size)
             with open(path, "rb", buffering=0) as file:
-                file.seek(data_offset(path, name))
+                file.seek(self.offsets[name])
                 for start in starts:
                     read = memoryview(buffer)[: (min(start + step, shape[0]) - start) * size]
                     expect(file.readinto(read) == len(read), f"{path} has changed while it was read")
