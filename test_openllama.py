@@ -46,6 +46,7 @@ from openllama import (
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # in models this small, threads cost more than they give
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, and what it starts, ignores Ctrl-C
 
 V, MAX = 50, 16  # vocabulary, max_position_embeddings
 LENGTHS = {"none": (24, 24), "left": (24, 9), "right": (24, 9), "both": (24, 9)}  # real tokens of the two rows
