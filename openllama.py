@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": F.tanh, "sigmoid": F.sigmoid}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
+ONEDNN = torch.backends.mkldnn.is_available()
 LIBRARY_KEYS = (  # what transformers writes into config.json besides the model
     "architectures auto_map transformers_version torch_dtype dtype label2id tokenizer_class pretraining_tp max_length "
     "do_sample min_length early_stopping no_repeat_ngram_size return_dict_in_generate sep_token_id finetuning_task "
@@ -166,7 +167,8 @@ class KVCache:
     """Keys and values of the tokens seen so far: the only state that outlives a forward, which extends it in place.
     `cache[layer]` is (key, value), each (B, H, length, D), as in the document's tuple of tuples `past`, which is only
     read. Under dynamic scaling keys are kept before rotation, as their base changes with the length. The buffers hold
-    `capacity` positions and double when full; where autograd records, tensors are concatenated instead."""
+    `capacity` positions and double when full; where autograd records, tensors are concatenated instead. Once fixed, the
+    cache changes no shape, so that a step compiles once: it is full-sized, and what is not written yet is padding."""
     def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = (), capacity: int = 0):
         self.keys, self.values = [key for key, _ in past], [value for _, value in past]
         shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
@@ -180,28 +182,67 @@ class KVCache:
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
+    def place(self, T: int) -> tuple[slice | Tensor, int]:
+        """Where T new tokens go, and S, the number of positions that attention then reads."""
+        if isinstance(self.length, Tensor):
+            return self.length, self.keys[0].shape[2]
+        return slice(self.length, self.length + T), self.length + T
+
+    def fix(self) -> None:
+        """Count the length in a tensor, and hold `capacity` positions for good: for steps of one token each."""
+        real = torch.ones(1, self.length, dtype=torch.bool, device=self.keys[0].device) if self.real is None else self.real
+        self.real, self.length = F.pad(real, (0, self.capacity - self.length)), torch.tensor([self.length], device=real.device)
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
-        start, end = self.length, self.length + k.shape[1]
-        for buffers, new in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):  # (B, H, T, D)
-            buffer = buffers[layer] if start else new[:, :, :0]
+        new, S = self.place(T := k.shape[1])
+        for buffers, x in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):  # (B, H, T, D)
+            buffer = buffers[layer] if S > T else x[:, :, :0]
             if torch.is_grad_enabled():
-                buffer = torch.cat((buffer[:, :, :start], new), dim=2) if start else new
+                buffer = torch.cat((buffer[:, :, : S - T], x), dim=2) if S > T else x
             else:
-                if end > buffer.shape[2]:
-                    buffer = F.pad(buffer[:, :, :start], (0, 0, 0, max(end, 2 * start, self.capacity) - start))
-                buffer[:, :, start:end] = new
+                if S > buffer.shape[2]:
+                    buffer = F.pad(buffer[:, :, : S - T], (0, 0, 0, max(S, 2 * (S - T), self.capacity) - S + T))
+                buffer[:, :, new] = x
             buffers[layer : layer + 1] = [buffer]  # replaced, or appended in the first forward
-        return self.keys[layer][:, :, :end].transpose(1, 2), self.values[layer][:, :, :end].transpose(1, 2)
+        return self.keys[layer][:, :, :S].transpose(1, 2), self.values[layer][:, :, :S].transpose(1, 2)
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # what torch.compile calls, too
+
+def onednn_backward(context, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = context.saved_tensors
+    return onednn_linear(grad, weight.T), onednn_linear(grad.T, x.T)
+
+onednn_linear = torch.library.custom_op("openllama::linear", onednn_product, mutates_args=())
+onednn_linear.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
+onednn_linear.register_autograd(onednn_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight', (..., C) to (..., len(weight)): PyTorch's product, but for two cases. Compiled, a single token's is
+    written as the sum that it is, which then runs at the speed of memory. And float32 on the CPU goes to oneDNN, not to
+    MKL, which on AMD has half the speed, and only one thread for a single token."""
+    recording, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    if torch.is_autocast_enabled(x.device.type) or type(weight) is not nn.Parameter:  # but sharded or quantised
+        return F.linear(x, weight)
+    if compiling and not recording and x.numel() == weight.shape[1]:
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        product = onednn_linear if recording or compiling else onednn_product
+        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x), computed in float32 and rounded before it is times the weight (https://arxiv.org/abs/1910.07467)."""
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
 
 def rotary_embedding(config: OpenLlamaConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of positions (B|1, T), each (B|1, T, 1, D/2), in float32. RoPE: https://arxiv.org/abs/2104.09864.
+    """Cosine and sine of positions (B|1, T), each (B|1, T, 1, D), in float32. RoPE: https://arxiv.org/abs/2104.09864.
     Linear scaling: https://arxiv.org/abs/2306.15595. Dynamic NTK scaling, which depends on each row's number of real
     tokens, lengths (B|1, 1): https://arxiv.org/abs/2309.00071, appendix A."""
     D, base, rope = config.head_dim, config.rope_theta, config.rope_scaling
@@ -211,13 +252,14 @@ def rotary_embedding(config: OpenLlamaConfig, positions: Tensor, lengths: Tensor
     elif rope is not None:
         positions = positions / rope["factor"]
     frequencies = 1.0 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,) or (B|1, D/2)
-    angles = positions.float()[:, :, None, None] * frequencies.view(-1, 1, 1, D // 2)
+    frequencies = torch.cat((-frequencies, frequencies), dim=-1).view(-1, 1, 1, D)
+    angles = positions.float()[:, :, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (a[n], b[n]) of each head, whose halves are a and b, by angles position * base ** (-2n / D)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (a[n], b[n]) of each head, whose halves are a and b, by angles position * base ** (-2n / D):
+    (a, b) to (a cos - b sin, b cos + a sin). The minus is in sin."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None, eager: bool):
     """softmax(q k' / sqrt(D)) v: as in the textbook, with the weights, if eager; else by PyTorch's SDPA.
@@ -245,18 +287,20 @@ def xformers_attention(real: Tensor | None) -> Callable:
         return torch.zeros_like(q).flatten(0, 1).index_copy(0, tokens, out[0]).view(q.shape), None
     return attend
 
-def choose_attention(eager: bool, x: Tensor, real: Tensor | None, T: int, S: int) -> Callable:
+def choose_attention(eager: bool, x: Tensor, real: Tensor | None, new: slice | Tensor, S: int) -> Callable:
     """One forward's attention: a function of q (B, T, H, D), k and v (B, S, H, D) and dropout_p, to output and weights.
     Eager if asked for; else xformers for half precision on CUDA, where it is installed and takes the case; else SDPA.
     A query sees itself and every real token before it; itself even where it is padding, as a softmax over nothing is
-    NaN. real: (B, S) bool, False for padding; None: no padding."""
+    NaN. real: (B|1, S) bool, False for padding; None: no padding. new: where the queries stand among the keys."""
+    T = x.shape[1]
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (real is None or T == S):
         with contextlib.suppress(ImportError):
             return xformers_attention(real)
     if not eager and real is None and T in (1, S):
         return partial(attention, mask=None, eager=False)
-    query, key = torch.arange(S - T, S, device=x.device)[:, None], torch.arange(S, device=x.device)
+    key = torch.arange(S, device=x.device)
+    query = key[new, None]
     before = key < query if real is None else (key < query) & real[:, None, None, :]
     return partial(attention, mask=before | (key == query), eager=eager)
 
@@ -264,17 +308,17 @@ class OpenLlamaAttention(nn.Module):
     def __init__(self, config: OpenLlamaConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        square = lambda: nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        square = lambda: Linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square(), square(), square(), square()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, cache: KVCache | None):
+    def forward(self, x: Tensor, turn_q: tuple, turn_k: tuple, attend: Callable, cache: KVCache | None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(q, cos[:, -T:], sin[:, -T:])  # (B, T, H, D)
-        k = k if self.config.rope_is_dynamic else rotate(k, cos, sin)
+        q = rotate(q, *turn_q)  # (B, T, H, D)
+        k = k if self.config.rope_is_dynamic else rotate(k, *turn_k)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, H, D)
-        k = rotate(k, cos, sin) if self.config.rope_is_dynamic else k
+        k = rotate(k, *turn_k) if self.config.rope_is_dynamic else k
         out, weights = attend(q, k, v, self.config.attention_dropout_prob if self.training else 0.0)
         return self.o_proj(out.reshape(B, T, -1)), weights
 
@@ -282,9 +326,9 @@ class OpenLlamaMLP(nn.Module):
     """down(act(gate(x)) * up(x)), which is SwiGLU where act is SiLU (https://arxiv.org/abs/2002.05202)."""
     def __init__(self, config: OpenLlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = config.hidden_act if callable(config.hidden_act) else ACTIVATIONS[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -298,8 +342,8 @@ class OpenLlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, cache: KVCache | None):
-        out, weights = self.self_attn(self.input_layernorm(x), cos, sin, attend, cache)
+    def forward(self, x: Tensor, turn_q: tuple, turn_k: tuple, attend: Callable, cache: KVCache | None):
+        out, weights = self.self_attn(self.input_layernorm(x), turn_q, turn_k, attend, cache)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), weights
 
@@ -425,15 +469,17 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         expect(fits, f"input of shape {tuple(x.shape)}, embedded: expected (B, T, {config.hidden_size}), not empty")
         B, T, _ = x.shape
         cache = past_key_values if isinstance(past_key_values, KVCache) else KVCache(past_key_values or ())
-        if cache.length:
+        new, S = cache.place(T)
+        if S > T:
             expect(len(cache) == len(self.layers), f"past_key_values: {len(cache)} layers, expected {len(self.layers)}")
-            expect_shape("past_key_values", cache[0][0], (B, config.num_attention_heads, cache.length, config.head_dim))
+            expect_shape("past_key_values", cache.keys[0][:, :, : S - T], (B, config.num_attention_heads, S - T, config.head_dim))
         real, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
-        turning = positions if config.rope_is_dynamic else positions[:, -T:]  # else, cached keys are rotated already
-        cos, sin = (part.to(x.dtype) for part in rotary_embedding(config, turning, lengths))
+        turning = positions if config.rope_is_dynamic else positions[:, new]  # else, cached keys are rotated already
+        turn_k = [part.to(x.dtype) for part in rotary_embedding(config, turning, lengths)]
+        turn_q = [part[:, new] for part in turn_k] if config.rope_is_dynamic else turn_k
         eager = output_attentions or not config.use_memory_efficient_attention
-        attend = choose_attention(eager, x, real, T, cache.length + T)
-        context = (cos, sin, attend, cache if use_cache or cache.length else None)
+        attend = choose_attention(eager, x, real, new, S)
+        context = (turn_q, turn_k, attend, cache if use_cache or S > T else None)
         hidden_states, attentions = [], []
         for layer in self.layers:
             hidden_states += [x] if output_hidden_states else []
@@ -441,8 +487,9 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             attentions += [weights] if output_attentions else []
         out = ModelOutput(last_hidden_state=self.norm(x))
         if use_cache:
-            cache.length, cache.real, cache.positions = cache.length + T, real, positions
-            out.past_key_values = cache
+            cache.positions = None if cache.positions is None and position_ids is None else positions
+            cache.real, out.past_key_values = real, cache
+            cache.length += T
         out.hidden_states = (*hidden_states, out.last_hidden_state) if output_hidden_states else None
         out.attentions = tuple(attentions) if output_attentions else None
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
@@ -455,22 +502,23 @@ def check_ids(name: str, ids: Tensor, size: int) -> None:
         expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
 
 def locate_tokens(attention_mask, position_ids, cache: KVCache, B: int, T: int, device):
-    """Which tokens are real, (B, S) bool or None: all; where each stands, (B|1, S); how many are real, (B|1, 1)."""
-    past, S, real = cache.length, cache.length + T, cache.real
+    """Which tokens are real, (B|1, S) bool or None: all; where each stands, (B|1, S); how many are real, (B|1, 1)."""
+    (new, S), real = cache.place(T), cache.real
     if attention_mask is not None:
         expect_shape("attention_mask", attention_mask, (B, S))
         real = None if attention_mask.all() else attention_mask.bool()
     elif real is not None:
-        real = F.pad(real, (0, T), value=True)
-    if real is None:
-        positions, lengths = torch.arange(S, device=device)[None], torch.full((1, 1), S, device=device)
-    else:
-        positions, lengths = (real.cumsum(1) - 1).clamp(min=0), real.sum(1, keepdim=True)
-    old = positions[:, :past] if cache.positions is None else cache.positions
-    new = positions[:, past:] if position_ids is None else position_ids
-    expect_shape("position_ids", new, (B, T), (1, T))
-    rows = max(len(old), len(new))
-    return real, torch.cat((old.expand(rows, -1), new.expand(rows, -1)), dim=1), lengths
+        real = real if real.shape[1] == S else F.pad(real, (0, T))
+        real[:, new] = True
+    positions = torch.arange(S, device=device)[None] if real is None else (real.cumsum(1) - 1).clamp(min=0)
+    lengths = positions[:, -1:] + 1
+    if position_ids is not None or cache.positions is not None:
+        old = positions[:, : S - T] if cache.positions is None else cache.positions
+        late = positions[:, S - T :] if position_ids is None else position_ids
+        expect_shape("position_ids", late, (B, T), (1, T))
+        rows = max(len(old), len(late))
+        positions = torch.cat((old.expand(rows, -1), late.expand(rows, -1)), dim=1)
+    return real, positions, lengths
 
 class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
     """The decoder and a head, which turns hidden states into logits and compares them with labels."""
@@ -494,17 +542,22 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
         if not (config.shared_input_output_embedding or config.tie_word_embeddings):
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             self.init_weights(self.lm_head)
 
     def head(self, hidden: Tensor, *_) -> Tensor:
-        return F.linear(hidden, getattr(self, "lm_head", self.model.embed_tokens).weight)  # (..., C) to (..., V)
+        return linear(hidden, getattr(self, "lm_head", self.model.embed_tokens).weight)  # (..., C) to (..., V)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of labels[:, 1:] under logits[:, :-1], leaving out -100. labels: (B, T)."""
         expect_shape("labels", labels, logits.shape[:2])
         check_ids("labels", labels[labels != -100], self.config.vocab_size)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().long())
+
+    def next_scores(self, ids: Tensor, mask: Tensor | None, cache: KVCache, last: Tensor | int) -> Tensor:
+        """Logits of the tokens behind `last`, (B,) or -1 for all rows: (B, V), in float32. No other row's are computed."""
+        hidden = self.model(ids, mask, None, cache, use_cache=True, output_attentions=False)[0]
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
         """Continue each row of input_ids (B, T): returns (B, T + new). Arguments and errors are those of `stream`."""
@@ -514,13 +567,15 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
     def stream(
         self, input_ids, attention_mask=None, *, max_new_tokens=None, max_length=None, do_sample=False, temperature=1.0,
         top_k=None, top_p=None, repetition_penalty=1.0, eos_token_id="config", pad_token_id="config", generator=None,
+        compile=False,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the next token of each row, (B,), step by step, until all have ended. ValueError for bad arguments.
         attention_mask (B, T): 0 for padding, left or right; each row gives what it would give alone.
         max_new_tokens: default: up to max_length, prompt included; that defaults to max_position_embeddings.
         do_sample: draw by `generator` at a temperature (0: greedy) from the top_k and top_p; else take the likeliest.
         repetition_penalty: above 1, what a row already holds gets less likely (https://arxiv.org/abs/1909.05858).
-        eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never."""
+        eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never.
+        compile: compile the step from one token to the next, which takes about 15 seconds the first time."""
         expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt, or no (B, T): {tuple(input_ids.shape)}")
         check_ids("input_ids", input_ids.cpu(), self.config.vocab_size)
         B, T = input_ids.shape
@@ -539,13 +594,14 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
-        rows, last = torch.arange(B, device=input_ids.device), T - 1 - real.flip(1).argmax(1)  # the last real token
+        last = T - 1 - real.flip(1).argmax(1)  # where each row's last real token stands
         seen = real.new_zeros(B, self.config.vocab_size)  # how often a row holds each token
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
-        ids, mask = input_ids, attention_mask
-        for _ in range(max_new_tokens):
-            hidden = self.model(ids, mask, None, cache, use_cache=True, output_attentions=False)[0]
-            scores = self.head(hidden[rows, last]).float()  # (B, V), of the last position only
+        step, ids, mask = OpenLlamaForCausalLM.next_scores, input_ids, attention_mask
+        for n in range(max_new_tokens):
+            if compile and n == 1:
+                step, _ = compiled_step(), cache.fix()
+            scores = step(self, ids, mask, cache, last)
             if repetition_penalty != 1:
                 seen.scatter_add_(1, ids.long(), real)
                 penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
@@ -555,12 +611,20 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
                 token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
             else:
                 token = scores.argmax(-1)
-            token = torch.where(done, pad, token)
-            done |= torch.isin(token, eos)
+            if len(eos):
+                token = torch.where(done, pad, token)
+                done |= torch.isin(token, eos)
             yield token
-            if done.all():
+            if len(eos) and done.all():
                 return
             ids, real, mask, last = token[:, None], real.new_ones(B, 1), None, -1  # the cache knows of padding
+
+@lru_cache
+def compiled_step() -> Callable:
+    """The step from one token to the next, compiled for any length; on CUDA it is replayed as one graph."""
+    print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
+    step, mode = OpenLlamaForCausalLM.next_scores, "reduce-overhead"
+    return torch.compile(step, fullgraph=True, dynamic=True, mode=mode, recompile_limit=64)
 
 def filter_scores(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """-inf for scores (B, V) below the k-th, then for those outside the nucleus (https://arxiv.org/abs/1904.09751)."""
@@ -578,7 +642,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
     """A classifier: `score` of the last real token, told by attention_mask, else by pad_token_id, else the last."""
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_weights(self.score)
 
     def head(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -681,6 +745,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--chat", action="store_true", help="hold a conversation: each line of stdin is a turn, after --prompt")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as stored")
     add("--device", choices=("auto", "cpu", "cuda")[: 2 + torch.cuda.is_available()], default="auto")
+    add("--compile", action="store_true", help="compile the decoding step: 15 seconds first, then faster")
     add("--demo-dir", type=Path, default=cache / "openllama-demo", metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
     expect(args.num_samples > 0, f"--num-samples {args.num_samples}: expected at least 1")
@@ -695,6 +760,8 @@ def run(args: argparse.Namespace) -> None:
     generator, eos = torch.Generator(device), model.config.eos_token_id
     seed = generator.seed() if args.seed is None else generator.manual_seed(args.seed).initial_seed()
     log(f"{model.num_parameters():,} parameters loaded in {time.perf_counter() - start:.2f} s; seed {seed}")
+    if args.compile:  # before any clock runs
+        model.generate(torch.zeros(1, 1, dtype=torch.long, device=device), max_new_tokens=2, eos_token_id=None, compile=True)
     log("each line is a turn; Ctrl-D ends the conversation\n" * args.chat, end="")
     encode = lambda text, special=True: [int(number) for number in text.replace(",", " ").split()]
     decode = lambda ids: "".join(f"{number} " for number in ids)
@@ -707,7 +774,7 @@ def run(args: argparse.Namespace) -> None:
         ids, times = list(prompt), [time.perf_counter()]
         def new():
             inputs = torch.tensor([prompt], dtype=torch.long, device=device)
-            for token in model.stream(inputs, do_sample=True, generator=generator, **args.sampling):
+            for token in model.stream(inputs, do_sample=True, generator=generator, compile=args.compile, **args.sampling):
                 ids.append(int(token))
                 times.append(time.perf_counter())
                 if ids[-1] not in ends:
@@ -741,7 +808,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         hint = ("- pip install", error.name) if isinstance(error, ImportError) else ()
         print("openllama.py: error:", *str(error).split(), *hint, file=sys.stderr)
         return 2

@@ -1017,6 +1017,89 @@ def test_a_repetition_penalty_counts_each_token_once_and_no_padding():
     assert model.generate(prompt, max_new_tokens=1, repetition_penalty=5.0)[0, -1] == scores.argmax()
 
 
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("rope, padding", [("plain", "none"), ("linear", "right"), ("dynamic", "left")])
+def test_compiled_decoding_gives_the_tokens_of_eager_decoding(rope, padding):
+    """One row, then two; past max_position_embeddings (16); greedy, and drawn with a penalty."""
+    model, (ids, mask) = tiny(rope_scaling=ROPES[rope]), batch(padding)
+    for rows in (slice(1), slice(2)):
+        some = {"input_ids": ids[rows], "attention_mask": None if mask is None else mask[rows], "max_new_tokens": 20}
+        for sampling in ({}, {"do_sample": True, "top_k": 5, "repetition_penalty": 1.3}):
+            eager, compiled = (
+                model.generate(**some, **sampling, generator=torch.Generator().manual_seed(0), compile=compile)
+                for compile in (False, True)
+            )
+            assert eager.shape[1] > 24 and eager.equal(compiled)
+
+
+@needs_compiler
+def test_compiling_happens_once_and_is_told_once(capsys):
+    model, (ids, _) = tiny(), batch("none")
+    openllama.compiled_step.cache_clear()
+    model.generate(ids, max_new_tokens=1, eos_token_id=None, compile=True)  # the prompt's forward is not compiled
+    assert capsys.readouterr() == ("", "")
+    model.generate(ids[:, :3], max_new_tokens=3, eos_token_id=None, compile=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "compiling" in err and err.count("\n") == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt, new in (
+            (ids, 30),
+            (ids[:, :5], 200),
+        ):  # no length is compiled for, and no other model of this shape
+            tiny(seed=1).generate(prompt, max_new_tokens=new, eos_token_id=None, compile=True)
+    assert capsys.readouterr() == ("", "")
+
+
+@needs_compiler
+def test_compiled_decoding_in_bfloat16_recites_the_same_text(demo, zen):
+    """bfloat16 rounds to 3 digits, and compiled code rounds less often: equal where the model is as sure as this one."""
+    model = OpenLlamaForCausalLM.from_pretrained(demo, torch.bfloat16)
+    encode, decode = load_tokenizer(demo, None)
+    ids = model.generate(torch.tensor([encode("Beautiful is")]), max_new_tokens=100, compile=True)
+    assert len(ids[0]) == 112 and decode(ids[0].tolist()) in zen
+
+
+def test_a_missing_compiler_is_told_in_one_line(demo, tmp_path):
+    missing = os.environ | {"CXX": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    process = command("--demo-dir", demo, "--compile", env=missing)
+    *_, line = process.communicate()[1].splitlines()
+    assert process.returncode == 2 and line.startswith("openllama.py: error:") and "/nowhere" in line
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_layers_are_products_in_value_and_in_both_derivatives(shape, dtype):
+    torch.manual_seed(0)
+    ours, x = openllama.Linear(32, 48, bias=False, dtype=dtype), torch.randn(*shape, 32, dtype=dtype)
+    theirs, results = torch.nn.Linear(32, 48, bias=False, dtype=dtype), []
+    theirs.weight = ours.weight
+    for layer in (ours, theirs):
+        x.requires_grad_()
+        out = layer(x)
+        first = torch.autograd.grad(out.square().sum(), (x, layer.weight), create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, layer.weight))
+        with torch.no_grad():
+            results.append((out, layer(x), *first, *second))
+    for our, their in zip(*results, strict=True):
+        assert our.dtype == dtype
+        assert_close(our, their, 1e-5 if dtype != torch.bfloat16 else bfloat16_bound(1))
+
+
+def test_logits_may_be_changed_in_place():
+    logits = tiny()(batch("none")[0]).logits
+    logits[:, -1] /= 2
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("recording", (False, True))
+def test_autocast_is_obeyed(recording):
+    with torch.set_grad_enabled(recording), torch.autocast("cpu", torch.bfloat16):
+        assert openllama.Linear(4, 4)(torch.ones(2, 4)).dtype == torch.bfloat16
+
+
 def test_generation_is_not_disturbed_by_training_settings():
     model, (ids, _) = tiny(), batch("none")
     expected = model.generate(ids, max_new_tokens=4, eos_token_id=None)
