@@ -174,7 +174,7 @@ class KVCache:
         shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
         expect(len(shapes) <= 1, f"past_key_values of shapes {sorted(shapes)}: expected one, (B, H, S, D)")
         self.length, self.capacity = self.keys[0].shape[2] if self.keys else 0, capacity
-        self.real = self.positions = None  # (B, length) bool, None: no padding; (B|1, length), None: counted
+        self.documents = self.positions = None  # (B, length) as in attention_mask, None: all 1; (B|1, length), None: counted
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -190,8 +190,10 @@ class KVCache:
 
     def fix(self) -> None:
         """Count the length in a tensor, and hold `capacity` positions for good: for steps of one token each."""
-        real = torch.ones(1, self.length, dtype=torch.bool, device=self.keys[0].device) if self.real is None else self.real
-        self.real, self.length = F.pad(real, (0, self.capacity - self.length)), torch.tensor([self.length], device=real.device)
+        device = self.keys[0].device
+        documents = torch.ones(1, self.length, dtype=torch.long, device=device) if self.documents is None else self.documents
+        self.documents = F.pad(documents, (0, self.capacity - self.length))
+        self.length = torch.tensor([self.length], device=device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
@@ -243,18 +245,17 @@ class RMSNorm(nn.RMSNorm):
 
 def rotary_embedding(config: OpenLlamaConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of positions (B|1, T), each (B|1, T, 1, D), in float32. RoPE: https://arxiv.org/abs/2104.09864.
-    Linear scaling: https://arxiv.org/abs/2306.15595. Dynamic NTK scaling, which depends on each row's number of real
-    tokens, lengths (B|1, 1): https://arxiv.org/abs/2309.00071, appendix A."""
+    Linear scaling: https://arxiv.org/abs/2306.15595. Dynamic NTK scaling, which depends on the length of each token's
+    document so far, lengths (B|1, T|1): https://arxiv.org/abs/2309.00071, appendix A."""
     D, base, rope = config.head_dim, config.rope_theta, config.rope_scaling
     if config.rope_is_dynamic:  # growth is 1, and the base plain, up to max_position_embeddings
         growth = rope["factor"] * lengths.float() / config.max_position_embeddings - (rope["factor"] - 1)
-        base = base * growth.clamp(min=1) ** (D / max(D - 2, 1))  # (B|1, 1)
+        base = (base * growth.clamp(min=1) ** (D / max(D - 2, 1)))[..., None]  # (B|1, T|1, 1)
     elif rope is not None:
         positions = positions / rope["factor"]
-    frequencies = 1.0 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,) or (B|1, D/2)
-    frequencies = torch.cat((-frequencies, frequencies), dim=-1).view(-1, 1, 1, D)
-    angles = positions.float()[:, :, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (..., D/2)
+    angles = positions.float()[..., None] * torch.cat((-frequencies, frequencies), dim=-1)  # (B|1, T, D)
+    return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (a[n], b[n]) of each head, whose halves are a and b, by angles position * base ** (-2n / D):
@@ -265,44 +266,54 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | 
     """softmax(q k' / sqrt(D)) v: as in the textbook, with the weights, if eager; else by PyTorch's SDPA.
     mask: True where a query sees a key, broadcast to (B, H, T, S); None, for SDPA only: causal, and T is S or 1."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D)
-    if not eager:
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and q.shape[2] > 1)
+    (*BHT, _), S = q.shape, k.shape[2]
+    if not eager and (q.is_cuda or not dropout_p):
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and BHT[2] > 1)
         return out.transpose(1, 2), None
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)  # (B, H, T, S)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return (F.dropout(weights, dropout_p) @ v).transpose(1, 2), weights
+    mask = torch.ones(BHT[2], S, dtype=torch.bool, device=q.device).tril(S - BHT[2]) if mask is None else mask
+    keep = torch.rand(*BHT, S, device=q.device) >= dropout_p if dropout_p else None
+    def textbook(q, k, v):
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)  # (B, H, T, S)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        return (weights if keep is None else weights * keep / (1 - dropout_p)) @ v, weights
+    # SDPA has no dropout on the CPU but one that stores all weights
+    out, weights = textbook(q, k, v) if eager else checkpoint(textbook, q, k, v, use_reentrant=False)
+    return out.transpose(1, 2), weights if eager else None
 
-def xformers_attention(real: Tensor | None) -> Callable:
-    """xformers' attention, and all that this file knows of xformers. real: (B, T) bool, or None: no padding. Padding is
-    packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 under a block-diagonal causal bias."""
+def xformers_attention(documents: Tensor | None) -> Callable:
+    """xformers' attention, and all that this file knows of xformers. documents: (B, T), as attention_mask; None: all 1.
+    Padding is packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 under a block-diagonal causal bias."""
     from xformers.ops import fmha, memory_efficient_attention
-    if real is None:
+    if documents is None:
         bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
         return lambda q, k, v, dropout_p: (memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout_p), None)
-    tokens = real.flatten().nonzero().squeeze(1)
-    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens([n for n in real.sum(1).tolist() if n])
+    tokens = documents.flatten().nonzero().squeeze(1)
+    rows = torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
+    _, lengths = torch.unique_consecutive((documents + rows).flatten()[tokens], return_counts=True)
+    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
     def attend(q, k, v, dropout_p):
         packed = (x.flatten(0, 1)[None, tokens] for x in (q, k, v))  # (1, all real tokens, H, D)
         out = memory_efficient_attention(*packed, attn_bias=bias, p=dropout_p)
         return torch.zeros_like(q).flatten(0, 1).index_copy(0, tokens, out[0]).view(q.shape), None
     return attend
 
-def choose_attention(eager: bool, x: Tensor, real: Tensor | None, new: slice | Tensor, S: int) -> Callable:
+def choose_attention(eager: bool, x: Tensor, documents: Tensor | None, new: slice | Tensor, S: int) -> Callable:
     """One forward's attention: a function of q (B, T, H, D), k and v (B, S, H, D) and dropout_p, to output and weights.
     Eager if asked for; else xformers for half precision on CUDA, where it is installed and takes the case; else SDPA.
-    A query sees itself and every real token before it; itself even where it is padding, as a softmax over nothing is
-    NaN. real: (B|1, S) bool, False for padding; None: no padding. new: where the queries stand among the keys."""
+    A query sees all of its document up to itself. documents: (B|1, S), as attention_mask (padding, 0, is one more, so
+    that every query sees itself: a softmax over nothing is NaN); None: one. new: where the queries stand among the keys."""
     T = x.shape[1]
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (real is None or T == S):
+    if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (documents is None or T == S):
         with contextlib.suppress(ImportError):
-            return xformers_attention(real)
-    if not eager and real is None and T in (1, S):
+            return xformers_attention(documents)
+    if not eager and documents is None and T in (1, S):
         return partial(attention, mask=None, eager=False)
-    key = torch.arange(S, device=x.device)
-    query = key[new, None]
-    before = key < query if real is None else (key < query) & real[:, None, None, :]
-    return partial(attention, mask=before | (key == query), eager=eager)
+    position = torch.arange(S, device=x.device)
+    mask = (position <= position[new, None])[None]  # (1, T, S)
+    if documents is not None:
+        mask = mask & (documents[:, None] == documents[:, new, None])
+    return partial(attention, mask=mask[:, None], eager=eager)
 
 class OpenLlamaAttention(nn.Module):
     def __init__(self, config: OpenLlamaConfig, layer: int):
@@ -453,8 +464,9 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     ) -> ModelOutput | tuple:  # fmt: skip
         """Run the decoder. The last four arguments, where None, are the config's.
         input_ids (B, T) or inputs_embeds (B, T, C), which pass by the stable embedding's norm.
-        attention_mask (B, S): 0 for padding, on any side, cached tokens included; None: new tokens are real.
-        position_ids (B|1, T); None: each row's real tokens are counted.
+        attention_mask (B, S): 0 for padding, on any side, else 1, cached tokens included; None: new tokens are real.
+        Documents packed into a row are numbered 1, 2, ...: they do not see each other, and give what they would alone.
+        position_ids (B|1, T); None: each document's tokens are counted.
         past_key_values: a KVCache, which is extended, or (key, value) per layer, each (B, H, S - T, D)."""
         config = self.config
         recompute = self.gradient_checkpointing and self.training and past_key_values is None
@@ -472,13 +484,13 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         new, S = cache.place(T)
         if S > T:
             expect(len(cache) == len(self.layers), f"past_key_values: {len(cache)} layers, expected {len(self.layers)}")
-            expect_shape("past_key_values", cache.keys[0][:, :, : S - T], (B, config.num_attention_heads, S - T, config.head_dim))
-        real, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
+            expect_shape("past_key_values", cache.keys[0][:, 0, : S - T], (B, S - T, config.head_dim))
+        documents, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
         turning = positions if config.rope_is_dynamic else positions[:, new]  # else, cached keys are rotated already
         turn_k = [part.to(x.dtype) for part in rotary_embedding(config, turning, lengths)]
         turn_q = [part[:, new] for part in turn_k] if config.rope_is_dynamic else turn_k
         eager = output_attentions or not config.use_memory_efficient_attention
-        attend = choose_attention(eager, x, real, new, S)
+        attend = choose_attention(eager, x, documents, new, S)
         context = (turn_q, turn_k, attend, cache if use_cache or S > T else None)
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -488,7 +500,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         out = ModelOutput(last_hidden_state=self.norm(x))
         if use_cache:
             cache.positions = None if cache.positions is None and position_ids is None else positions
-            cache.real, out.past_key_values = real, cache
+            cache.documents, out.past_key_values = documents, cache
             cache.length += T
         out.hidden_states = (*hidden_states, out.last_hidden_state) if output_hidden_states else None
         out.attentions = tuple(attentions) if output_attentions else None
@@ -502,23 +514,33 @@ def check_ids(name: str, ids: Tensor, size: int) -> None:
         expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
 
 def locate_tokens(attention_mask, position_ids, cache: KVCache, B: int, T: int, device):
-    """Which tokens are real, (B|1, S) bool or None: all; where each stands, (B|1, S); how many are real, (B|1, 1)."""
-    (new, S), real = cache.place(T), cache.real
+    """The document of each token, (B|1, S), or None: all are 1; where it stands there, (B|1, S); how many tokens the
+    document has, (B|1, S|1)."""
+    (new, S), documents = cache.place(T), cache.documents
     if attention_mask is not None:
         expect_shape("attention_mask", attention_mask, (B, S))
-        real = None if attention_mask.all() else attention_mask.bool()
-    elif real is not None:
-        real = real if real.shape[1] == S else F.pad(real, (0, T))
-        real[:, new] = True
-    positions = torch.arange(S, device=device)[None] if real is None else (real.cumsum(1) - 1).clamp(min=0)
-    lengths = positions[:, -1:] + 1
+        plain = not torch.compiler.is_compiling() and attention_mask.eq(1).all()
+        documents = None if plain else attention_mask.long()
+    elif documents is not None:
+        last = documents.amax(1, keepdim=True)
+        documents = documents if documents.shape[1] == S else F.pad(documents, (0, T))
+        documents[:, new] = last
+    if documents is None:
+        positions, lengths = torch.arange(S, device=device)[None], torch.full((1, 1), S, device=device)
+    else:
+        real, number = documents > 0, documents.cummax(1).values
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        begins = number > F.pad(number[:, :-1], (1, 0))
+        positions = positions - positions.where(begins, 0).cummax(1).values
+        order = begins.cumsum(1)  # of the documents: 1, 2, ...
+        lengths = torch.zeros(len(order), S + 1, device=device).scatter_add(1, order, real.float()).gather(1, order)
     if position_ids is not None or cache.positions is not None:
         old = positions[:, : S - T] if cache.positions is None else cache.positions
         late = positions[:, S - T :] if position_ids is None else position_ids
         expect_shape("position_ids", late, (B, T), (1, T))
         rows = max(len(old), len(late))
         positions = torch.cat((old.expand(rows, -1), late.expand(rows, -1)), dim=1)
-    return real, positions, lengths
+    return documents, positions, lengths
 
 class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
     """The decoder and a head, which turns hidden states into logits and compares them with labels."""
@@ -528,14 +550,38 @@ class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, **head,
     ) -> ModelOutput | tuple:  # fmt: skip
-        """Logits, and the loss where there are labels; the other arguments as in OpenLlamaModel.forward."""
+        """Logits, and the loss where there are labels. `head`: the arguments of the model's own method of that name;
+        the other arguments as in OpenLlamaModel.forward."""
         decoder_args = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         out = self.model(*decoder_args, use_cache, output_attentions, output_hidden_states, return_dict=True)
-        out.logits, out.last_hidden_state = self.head(out.last_hidden_state, input_ids, attention_mask), None
-        out.loss = None if labels is None else self.loss(out.logits, labels)
+        hidden, out.last_hidden_state = out.last_hidden_state, None
+        mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
+        out.loss, out.logits = self.head(hidden, labels, input_ids, mask, **head)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy of the logits linear(hidden (N, C), weight (V, C)) and targets (N,), without -100. The logits
+    are made, and their gradients used up, for 256 tokens at a time: all of them would be the largest thing in memory."""
+    @staticmethod
+    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss, grads, count = 0, [0, []], targets.ne(-100).sum()
+        for h, y in zip(hidden.split(256), targets.split(256), strict=True):
+            with torch.set_grad_enabled(any(context.needs_input_grad)):
+                h = h.detach().requires_grad_()
+                part = F.cross_entropy(linear(h, weight).float(), y, reduction="sum") / count
+            if part.requires_grad:
+                weight_grad, hidden_grad = torch.autograd.grad(part, (weight, h))
+                grads = [weight_grad.add_(grads[0]), [*grads[1], hidden_grad]]
+            loss += part.detach()
+        context.save_for_backward(grads[0], torch.cat(grads[1])) if grads[1] else None
+        return loss
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        weight_grad, hidden_grad = context.saved_tensors
+        return hidden_grad * grad, weight_grad * grad, None
 
 class OpenLlamaForCausalLM(OpenLlamaWithHead):
     """The language model. Its output matrix is the embedding, where that is shared or tied, else `lm_head`."""
@@ -545,19 +591,36 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             self.init_weights(self.lm_head)
 
-    def head(self, hidden: Tensor, *_) -> Tensor:
-        return linear(hidden, getattr(self, "lm_head", self.model.embed_tokens).weight)  # (..., C) to (..., V)
+    def output_weight(self) -> Tensor:
+        return getattr(self, "lm_head", self.model.embed_tokens).weight  # (V, C)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of labels[:, 1:] under logits[:, :-1], leaving out -100. labels: (B, T)."""
-        expect_shape("labels", labels, logits.shape[:2])
-        check_ids("labels", labels[labels != -100], self.config.vocab_size)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().long())
+    def head(self, hidden: Tensor, labels: Tensor | None, _, attention_mask: Tensor | None, logits_to_keep=0):
+        """Loss and logits. The loss is the mean cross-entropy of labels[:, 1:], (B, T), under logits[:, :-1], leaving
+        out -100 and the first token of documents 2, 3, ...
+        logits_to_keep: 0: all; n: of the last n tokens; a tensor: of these positions, (K,) or (B, K); None: none.
+        Unless all are kept, the loss is computed in chunks, which takes far less memory, and no longer."""
+        (B, T, _), weight, loss, logits = hidden.shape, self.output_weight(), None, None
+        if isinstance(logits_to_keep, Tensor):
+            logits = linear(hidden[torch.arange(B, device=hidden.device)[:, None], logits_to_keep], weight)
+        elif logits_to_keep is not None:
+            logits = linear(hidden[:, -logits_to_keep:], weight)
+        if labels is not None:
+            expect_shape("labels", labels, (B, T))
+            check_ids("labels", labels[labels != -100], self.config.vocab_size)
+            targets = F.pad(labels[:, 1:].long(), (0, 1), value=-100)  # the last token has none
+            if attention_mask is not None:
+                begins = (attention_mask[:, 1:] != attention_mask[:, :-1]) & (attention_mask[:, 1:] > 1)
+                targets = targets.masked_fill(F.pad(begins, (0, 1)), -100)
+            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            else:
+                loss = ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten())
+        return loss, logits
 
     def next_scores(self, ids: Tensor, mask: Tensor | None, cache: KVCache, last: Tensor | int) -> Tensor:
-        """Logits of the tokens behind `last`, (B,) or -1 for all rows: (B, V), in float32. No other row's are computed."""
-        hidden = self.model(ids, mask, None, cache, use_cache=True, output_attentions=False)[0]
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last]).float()
+        """Logits of the tokens behind each row's position `last`, (B, 1), or the last: (B, V), in float32."""
+        out = self(ids, mask, None, cache, None, None, True, False, False, True, logits_to_keep=last)
+        return out.logits[:, -1].float()
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
         """Continue each row of input_ids (B, T): returns (B, T + new). Arguments and errors are those of `stream`."""
@@ -594,9 +657,9 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
-        last = T - 1 - real.flip(1).argmax(1)  # where each row's last real token stands
+        last = T - 1 - real.flip(1).argmax(1, keepdim=True)  # where each row's last real token stands
         seen = real.new_zeros(B, self.config.vocab_size)  # how often a row holds each token
-        cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros_like(last, dtype=torch.bool)
+        cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros(B, dtype=torch.bool, device=input_ids.device)
         step, ids, mask = OpenLlamaForCausalLM.next_scores, input_ids, attention_mask
         for n in range(max_new_tokens):
             if compile and n == 1:
@@ -617,7 +680,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             yield token
             if len(eos) and done.all():
                 return
-            ids, real, mask, last = token[:, None], real.new_ones(B, 1), None, -1  # the cache knows of padding
+            ids, real, mask, last = token[:, None], real.new_ones(B, 1), None, 1  # the cache knows of padding
 
 @lru_cache
 def compiled_step() -> Callable:
@@ -645,16 +708,17 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_weights(self.score)
 
-    def head(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def head(self, hidden: Tensor, labels: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None):
         (B, T, _), pad, real = hidden.shape, self.config.pad_token_id, torch.ones_like(hidden[:, :, 0])
         if attention_mask is not None:
-            real = attention_mask[:, -T:]
+            real = attention_mask
         elif pad is not None and input_ids is not None:
             real = input_ids != pad
         else:
             expect(pad is not None or B == 1, f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask")
         last = T - 1 - real.ne(0).long().flip(1).argmax(1)  # (B,)
-        return self.score(hidden[torch.arange(B, device=hidden.device), last])  # (B, num_labels)
+        logits = self.score(hidden[torch.arange(B, device=hidden.device), last])  # (B, num_labels)
+        return None if labels is None else self.loss(logits, labels), logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """By config.problem_type, or else by num_labels and type: of (B,) classes, or of numbers in logits' shape."""
@@ -666,6 +730,14 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
         expect_shape("labels", labels, logits.shape, logits.shape[: 1 + (logits.shape[1] > 1)])
         return loss(logits.float(), labels.view_as(logits).float())
+
+def tensor_parallel_plan() -> dict:
+    """A plan for torch.distributed.tensor.parallel.parallelize_module: each process holds some heads of the attention
+    and a part of the MLP; the embedding, norms and output are whole everywhere."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    split = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
+    split |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
+    return {f"model.layers.*.*.{name}": style() for name, style in split.items()}
 
 def load_tokenizer(folder: Path, bos: int | None) -> tuple[Callable, Callable]:
     """encode(text, special) to ids, with what texts begin with where special; and decode(ids) to text."""
