@@ -606,13 +606,15 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             logits = linear(hidden[:, -logits_to_keep:], weight)
         if labels is not None:
             expect_shape("labels", labels, (B, T))
-            check_ids("labels", labels[labels != -100], self.config.vocab_size)
+            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
             targets = F.pad(labels[:, 1:].long(), (0, 1), value=-100)  # the last token has none
             if attention_mask is not None:
                 begins = (attention_mask[:, 1:] != attention_mask[:, :-1]) & (attention_mask[:, 1:] > 1)
                 targets = targets.masked_fill(F.pad(begins, (0, 1)), -100)
-            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            if whole or torch.compiler.is_compiling():
+                scores = logits if whole else linear(hidden, weight)
+                loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
             else:
                 loss = ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten())
         return loss, logits
@@ -725,7 +727,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         guess = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guess)
         if kind == "single_label_classification":
-            check_ids("labels", labels[labels != -100], self.config.num_labels)
+            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.num_labels)
             return F.cross_entropy(logits.float(), labels.flatten().long())
         loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
         expect_shape("labels", labels, logits.shape, logits.shape[: 1 + (logits.shape[1] > 1)])
