@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial, partialmethod, reduce
 from pathlib import Path
 
 import torch
@@ -167,14 +167,13 @@ class KVCache:
     """Keys and values of the tokens seen so far: the only state that outlives a forward, which extends it in place.
     `cache[layer]` is (key, value), each (B, H, length, D), as in the document's tuple of tuples `past`, which is only
     read. Under dynamic scaling keys are kept before rotation, as their base changes with the length. The buffers hold
-    `capacity` positions and double when full; where autograd records, tensors are concatenated instead. Once fixed, the
-    cache changes no shape, so that a step compiles once: it is full-sized, and what is not written yet is padding."""
+    `capacity` positions and double when full; where autograd records, tensors are concatenated instead."""
     def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = (), capacity: int = 0):
         self.keys, self.values = [key for key, _ in past], [value for _, value in past]
         shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
         expect(len(shapes) <= 1, f"past_key_values of shapes {sorted(shapes)}: expected one, (B, H, S, D)")
         self.length, self.capacity = self.keys[0].shape[2] if self.keys else 0, capacity
-        self.documents = self.positions = None  # (B, length) as in attention_mask, None: all 1; (B|1, length), None: counted
+        self.documents = self.positions = None  # (B, length), None: all 1; (B|1, length), None: counted
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -184,16 +183,14 @@ class KVCache:
 
     def place(self, T: int) -> tuple[slice | Tensor, int]:
         """Where T new tokens go, and S, the number of positions that attention then reads."""
-        if isinstance(self.length, Tensor):
-            return self.length, self.keys[0].shape[2]
-        return slice(self.length, self.length + T), self.length + T
+        end, full = self.length + T, isinstance(self.length, Tensor)
+        return (self.length, self.keys[0].shape[2]) if full else (slice(self.length, end), end)
 
     def fix(self) -> None:
-        """Count the length in a tensor, and hold `capacity` positions for good: for steps of one token each."""
-        device = self.keys[0].device
-        documents = torch.ones(1, self.length, dtype=torch.long, device=device) if self.documents is None else self.documents
-        self.documents = F.pad(documents, (0, self.capacity - self.length))
-        self.length = torch.tensor([self.length], device=device)
+        """Hold `capacity` positions, the unwritten as padding, and count in a tensor: a step then changes no shape."""
+        ones = self.keys[0].new_ones(1, self.length, dtype=torch.long)
+        self.documents = F.pad(ones if self.documents is None else self.documents, (0, self.capacity - self.length))
+        self.length = ones.new_tensor([self.length])
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
@@ -212,31 +209,29 @@ class KVCache:
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # what torch.compile calls, too
 
-def onednn_backward(context, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight = context.saved_tensors
+def onednn_grads(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
     return onednn_linear(grad, weight.T), onednn_linear(grad.T, x.T)
 
 onednn_linear = torch.library.custom_op("openllama::linear", onednn_product, mutates_args=())
 onednn_linear.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
-onednn_linear.register_autograd(onednn_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+onednn_linear.register_autograd(onednn_grads, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight', (..., C) to (..., len(weight)): PyTorch's product, but for two cases. Compiled, a single token's is
     written as the sum that it is, which then runs at the speed of memory. And float32 on the CPU goes to oneDNN, not to
     MKL, which on AMD has half the speed, and only one thread for a single token."""
     recording, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    if torch.is_autocast_enabled(x.device.type) or type(weight) is not nn.Parameter:  # but sharded or quantised
-        return F.linear(x, weight)
-    if compiling and not recording and x.numel() == weight.shape[1]:
+    plain = type(weight) is nn.Parameter and not torch.is_autocast_enabled(x.device.type)  # not sharded, not quantised
+    if plain and compiling and not recording and x.numel() == weight.shape[1]:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+    if plain and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         product = onednn_linear if recording or compiling else onednn_product
         return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+    forward = lambda self, x: linear(x, self.weight)
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x), computed in float32 and rounded before it is times the weight (https://arxiv.org/abs/1910.07467)."""
@@ -267,7 +262,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | 
     mask: True where a query sees a key, broadcast to (B, H, T, S); None, for SDPA only: causal, and T is S or 1."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D)
     (*BHT, _), S = q.shape, k.shape[2]
-    if not eager and (q.is_cuda or not dropout_p):
+    if not eager and (q.is_cuda or not dropout_p):  # on the CPU, SDPA's dropout stores the weights
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and BHT[2] > 1)
         return out.transpose(1, 2), None
     mask = torch.ones(BHT[2], S, dtype=torch.bool, device=q.device).tril(S - BHT[2]) if mask is None else mask
@@ -276,13 +271,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | 
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)  # (B, H, T, S)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         return (weights if keep is None else weights * keep / (1 - dropout_p)) @ v, weights
-    # SDPA has no dropout on the CPU but one that stores all weights
     out, weights = textbook(q, k, v) if eager else checkpoint(textbook, q, k, v, use_reentrant=False)
     return out.transpose(1, 2), weights if eager else None
 
 def xformers_attention(documents: Tensor | None) -> Callable:
     """xformers' attention, and all that this file knows of xformers. documents: (B, T), as attention_mask; None: all 1.
-    Padding is packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 under a block-diagonal causal bias."""
+    Padding is packed away: rows of 3 and 2 tokens, padded to 4, are one row of 5 under a block-diagonal causal bias."""
     from xformers.ops import fmha, memory_efficient_attention
     if documents is None:
         bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
@@ -300,8 +294,8 @@ def xformers_attention(documents: Tensor | None) -> Callable:
 def choose_attention(eager: bool, x: Tensor, documents: Tensor | None, new: slice | Tensor, S: int) -> Callable:
     """One forward's attention: a function of q (B, T, H, D), k and v (B, S, H, D) and dropout_p, to output and weights.
     Eager if asked for; else xformers for half precision on CUDA, where it is installed and takes the case; else SDPA.
-    A query sees all of its document up to itself. documents: (B|1, S), as attention_mask (padding, 0, is one more, so
-    that every query sees itself: a softmax over nothing is NaN); None: one. new: where the queries stand among the keys."""
+    A query sees its document up to itself: documents (B|1, S) as in attention_mask, where padding, 0, counts as one
+    more (a softmax over nothing is NaN); None: one for all. new: where the queries stand among the keys."""
     T = x.shape[1]
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (documents is None or T == S):
@@ -376,12 +370,11 @@ class OpenLlamaPreTrainedModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """In training, recompute each layer in the backward rather than keep its activations, and return no cache."""
-        self.decoder.gradient_checkpointing = True
+        self.decoder.gradient_checkpointing = enable
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.decoder.gradient_checkpointing = False
+    gradient_checkpointing_disable = partialmethod(gradient_checkpointing_enable, False)
 
     def resize_token_embeddings(self, size: int) -> nn.Embedding:
         """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
@@ -490,20 +483,19 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         turn_k = [part.to(x.dtype) for part in rotary_embedding(config, turning, lengths)]
         turn_q = [part[:, new] for part in turn_k] if config.rope_is_dynamic else turn_k
         eager = output_attentions or not config.use_memory_efficient_attention
-        attend = choose_attention(eager, x, documents, new, S)
-        context = (turn_q, turn_k, attend, cache if use_cache or S > T else None)
+        context = (turn_q, turn_k, choose_attention(eager, x, documents, new, S), cache if use_cache or S > T else None)
         hidden_states, attentions = [], []
         for layer in self.layers:
             hidden_states += [x] if output_hidden_states else []
             x, weights = checkpoint(layer, x, *context, use_reentrant=False) if recompute else layer(x, *context)
             attentions += [weights] if output_attentions else []
-        out = ModelOutput(last_hidden_state=self.norm(x))
+        x = self.norm(x)
         if use_cache:
             cache.positions = None if cache.positions is None and position_ids is None else positions
-            cache.documents, out.past_key_values = documents, cache
+            cache.documents = documents
             cache.length += T
-        out.hidden_states = (*hidden_states, out.last_hidden_state) if output_hidden_states else None
-        out.attentions = tuple(attentions) if output_attentions else None
+        hidden_states = (*hidden_states, x) if output_hidden_states else None
+        out = ModelOutput(None, None, x, cache if use_cache else None, hidden_states, tuple(attentions) or None)
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:
@@ -529,10 +521,9 @@ def locate_tokens(attention_mask, position_ids, cache: KVCache, B: int, T: int, 
         positions, lengths = torch.arange(S, device=device)[None], torch.full((1, 1), S, device=device)
     else:
         real, number = documents > 0, documents.cummax(1).values
-        positions = (real.cumsum(1) - 1).clamp(min=0)
         begins = number > F.pad(number[:, :-1], (1, 0))
-        positions = positions - positions.where(begins, 0).cummax(1).values
-        order = begins.cumsum(1)  # of the documents: 1, 2, ...
+        count, order = real.cumsum(1), begins.cumsum(1)  # order: of the documents, 1, 2, ...
+        positions = (count - count.where(begins, 1).cummax(1).values).clamp(min=0)
         lengths = torch.zeros(len(order), S + 1, device=device).scatter_add(1, order, real.float()).gather(1, order)
     if position_ids is not None or cache.positions is not None:
         old = positions[:, : S - T] if cache.positions is None else cache.positions
@@ -552,8 +543,7 @@ class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, **head,
     ) -> ModelOutput | tuple:  # fmt: skip
-        """Logits, and the loss where there are labels. `head`: the arguments of the model's own method of that name;
-        the other arguments as in OpenLlamaModel.forward."""
+        """Logits, and the loss where there are labels. `head`: that method's arguments; others: OpenLlamaModel's."""
         decoder_args = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         out = self.model(*decoder_args, use_cache, output_attentions, output_hidden_states, return_dict=True)
         hidden, out.last_hidden_state = out.last_hidden_state, None
@@ -561,45 +551,22 @@ class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
         out.loss, out.logits = self.head(hidden, labels, input_ids, mask, **head)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of the logits linear(hidden (N, C), weight (V, C)) and targets (N,), without -100. The logits
-    are made, and their gradients used up, for 256 tokens at a time: all of them would be the largest thing in memory."""
-    @staticmethod
-    def forward(context, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        loss, grads, count = 0, [0, []], targets.ne(-100).sum()
-        for h, y in zip(hidden.split(256), targets.split(256), strict=True):
-            with torch.set_grad_enabled(any(context.needs_input_grad)):
-                h = h.detach().requires_grad_()
-                part = F.cross_entropy(linear(h, weight).float(), y, reduction="sum") / count
-            if part.requires_grad:
-                weight_grad, hidden_grad = torch.autograd.grad(part, (weight, h))
-                grads = [weight_grad.add_(grads[0]), [*grads[1], hidden_grad]]
-            loss += part.detach()
-        context.save_for_backward(grads[0], torch.cat(grads[1])) if grads[1] else None
-        return loss
-
-    @staticmethod
-    def backward(context, grad: Tensor):
-        weight_grad, hidden_grad = context.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None
-
 class OpenLlamaForCausalLM(OpenLlamaWithHead):
     """The language model. Its output matrix is the embedding, where that is shared or tied, else `lm_head`."""
+    output_weight = property(lambda self: getattr(self, "lm_head", self.model.embed_tokens).weight)  # (V, C)
+
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
         if not (config.shared_input_output_embedding or config.tie_word_embeddings):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             self.init_weights(self.lm_head)
 
-    def output_weight(self) -> Tensor:
-        return getattr(self, "lm_head", self.model.embed_tokens).weight  # (V, C)
-
     def head(self, hidden: Tensor, labels: Tensor | None, _, attention_mask: Tensor | None, logits_to_keep=0):
         """Loss and logits. The loss is the mean cross-entropy of labels[:, 1:], (B, T), under logits[:, :-1], leaving
         out -100 and the first token of documents 2, 3, ...
         logits_to_keep: 0: all; n: of the last n tokens; a tensor: of these positions, (K,) or (B, K); None: none.
-        Unless all are kept, the loss is computed in chunks, which takes far less memory, and no longer."""
-        (B, T, _), weight, loss, logits = hidden.shape, self.output_weight(), None, None
+        Unless all are kept, the loss is computed 256 tokens at a time, and never are all logits in memory."""
+        (B, T, _), weight, loss, logits = hidden.shape, self.output_weight, None, None
         if isinstance(logits_to_keep, Tensor):
             logits = linear(hidden[torch.arange(B, device=hidden.device)[:, None], logits_to_keep], weight)
         elif logits_to_keep is not None:
@@ -611,12 +578,11 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             if attention_mask is not None:
                 begins = (attention_mask[:, 1:] != attention_mask[:, :-1]) & (attention_mask[:, 1:] > 1)
                 targets = targets.masked_fill(F.pad(begins, (0, 1)), -100)
-            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            if whole or torch.compiler.is_compiling():
-                scores = logits if whole else linear(hidden, weight)
-                loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
-            else:
-                loss = ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten())
+            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), logits
+            part = lambda h, y: F.cross_entropy(linear(h, weight).float(), y, reduction="sum")
+            chunks = zip(hidden.flatten(0, 1).split(256), targets.flatten().split(256), strict=True)
+            loss = sum(checkpoint(part, h, y, use_reentrant=False) for h, y in chunks) / targets.ne(-100).sum()
         return loss, logits
 
     def next_scores(self, ids: Tensor, mask: Tensor | None, cache: KVCache, last: Tensor | int) -> Tensor:
@@ -688,8 +654,7 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
 def compiled_step() -> Callable:
     """The step from one token to the next, compiled for any length; on CUDA it is replayed as one graph."""
     print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
-    step, mode = OpenLlamaForCausalLM.next_scores, "reduce-overhead"
-    return torch.compile(step, fullgraph=True, dynamic=True, mode=mode, recompile_limit=64)
+    return torch.compile(OpenLlamaForCausalLM.next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
 
 def filter_scores(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """-inf for scores (B, V) below the k-th, then for those outside the nucleus (https://arxiv.org/abs/1904.09751)."""
@@ -711,6 +676,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         self.init_weights(self.score)
 
     def head(self, hidden: Tensor, labels: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None):
+        """Loss, by problem_type or by num_labels and type, of (B,) classes or (B, num_labels) numbers; and logits."""
         (B, T, _), pad, real = hidden.shape, self.config.pad_token_id, torch.ones_like(hidden[:, :, 0])
         if attention_mask is not None:
             real = attention_mask
@@ -720,26 +686,23 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
             expect(pad is not None or B == 1, f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask")
         last = T - 1 - real.ne(0).long().flip(1).argmax(1)  # (B,)
         logits = self.score(hidden[torch.arange(B, device=hidden.device), last])  # (B, num_labels)
-        return None if labels is None else self.loss(logits, labels), logits
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """By config.problem_type, or else by num_labels and type: of (B,) classes, or of numbers in logits' shape."""
+        if labels is None:
+            return None, logits
         guess = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guess)
         if kind == "single_label_classification":
             check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.num_labels)
-            return F.cross_entropy(logits.float(), labels.flatten().long())
+            return F.cross_entropy(logits.float(), labels.flatten().long()), logits
         loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
         expect_shape("labels", labels, logits.shape, logits.shape[: 1 + (logits.shape[1] > 1)])
-        return loss(logits.float(), labels.view_as(logits).float())
+        return loss(logits.float(), labels.view_as(logits).float()), logits
 
 def tensor_parallel_plan() -> dict:
-    """A plan for torch.distributed.tensor.parallel.parallelize_module: each process holds some heads of the attention
-    and a part of the MLP; the embedding, norms and output are whole everywhere."""
+    """For parallelize_module of torch.distributed.tensor.parallel: heads and MLPs are split, the rest is whole."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-    split = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ColwiseParallel)
-    split |= dict.fromkeys(("o_proj", "down_proj"), RowwiseParallel)
-    return {f"model.layers.*.*.{name}": style() for name, style in split.items()}
+    columns, rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+    styles = dict.fromkeys(columns, ColwiseParallel) | dict.fromkeys(rows, RowwiseParallel)
+    return {f"model.layers.*.*.{name}": style() for name, style in styles.items()}
 
 def load_tokenizer(folder: Path, bos: int | None) -> tuple[Callable, Callable]:
     """encode(text, special) to ids, with what texts begin with where special; and decode(ids) to text."""
@@ -823,7 +786,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--demo-dir", type=Path, default=cache / "openllama-demo", metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
     expect(args.num_samples > 0, f"--num-samples {args.num_samples}: expected at least 1")
-    args.sampling = {name: getattr(args, name) for name in settings}
+    args.sampling = {name: getattr(args, name) for name in [*settings, "compile"]}
     return args
 
 def run(args: argparse.Namespace) -> None:
@@ -834,21 +797,18 @@ def run(args: argparse.Namespace) -> None:
     generator, eos = torch.Generator(device), model.config.eos_token_id
     seed = generator.seed() if args.seed is None else generator.manual_seed(args.seed).initial_seed()
     log(f"{model.num_parameters():,} parameters loaded in {time.perf_counter() - start:.2f} s; seed {seed}")
-    if args.compile:  # before any clock runs
-        model.generate(torch.zeros(1, 1, dtype=torch.long, device=device), max_new_tokens=2, eos_token_id=None, compile=True)
     log("each line is a turn; Ctrl-D ends the conversation\n" * args.chat, end="")
     encode = lambda text, special=True: [int(number) for number in text.replace(",", " ").split()]
     decode = lambda ids: "".join(f"{number} " for number in ids)
     if args.prompt_ids is None:
         encode, decode = load_tokenizer(folder, model.config.bos_token_id)
     ends = [eos] if isinstance(eos, int) else eos or []
-
     def sample(prompt: list[int]) -> list[int]:
         """Print a continuation as it is made; return prompt and continuation."""
         ids, times = list(prompt), [time.perf_counter()]
         def new():
             inputs = torch.tensor([prompt], dtype=torch.long, device=device)
-            for token in model.stream(inputs, do_sample=True, generator=generator, compile=args.compile, **args.sampling):
+            for token in model.stream(inputs, do_sample=True, generator=generator, **args.sampling):
                 ids.append(int(token))
                 times.append(time.perf_counter())
                 if ids[-1] not in ends:
@@ -856,14 +816,13 @@ def run(args: argparse.Namespace) -> None:
         for text in stream_text(decode, prompt, new(), args.stop):
             print(text, end="", flush=True)
         print(flush=True)
-        rates = len(prompt) / (times[1] - times[0]), (len(times) - 2) / (times[-1] - times[1] or 1)
-        log(f"prefill {rates[0]:.1f} tokens/s, decode {rates[1]:.1f} tokens/s")
+        steps = torch.tensor(times, dtype=torch.float64).diff()  # seconds: the prompt's, then each token's
+        log(f"prefill {len(prompt) / steps[0]:.1f} tokens/s, decode {1 / steps[1:].median():.1f} tokens/s")
         with contextlib.suppress(ImportError):  # on Windows
             from resource import RUSAGE_SELF, getrusage
             peak = getrusage(RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
             log(f"peak memory {torch.cuda.max_memory_allocated() / 1e9 if device == 'cuda' else peak:.2f} GB")
         return ids
-
     prompt = args.prompt_ids or args.prompt or ("" if args.checkpoint or args.chat else "Beautiful is better")
     prompt = args.prompt_file.read_text("utf-8") if args.prompt_file else sys.stdin.read() if prompt == "-" else prompt
     for _ in range(0 if args.chat else args.num_samples):
