@@ -700,9 +700,9 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
 def tensor_parallel_plan() -> dict:
     """For parallelize_module of torch.distributed.tensor.parallel: heads and MLPs are split, the rest is whole."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-    columns, rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-    styles = dict.fromkeys(columns, ColwiseParallel) | dict.fromkeys(rows, RowwiseParallel)
-    return {f"model.layers.*.*.{name}": style() for name, style in styles.items()}
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    style = lambda name: RowwiseParallel() if name in ("o_proj", "down_proj") else ColwiseParallel()
+    return {f"model.layers.*.{part}.{name}": style(name) for part, names in parts.items() for name in names}
 
 def load_tokenizer(folder: Path, bos: int | None) -> tuple[Callable, Callable]:
     """encode(text, special) to ids, with what texts begin with where special; and decode(ids) to text."""
