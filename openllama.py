@@ -5,9 +5,8 @@ Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three 
 1. stable embedding: a LayerNorm on the token embedding, from Bloom (https://arxiv.org/abs/2211.05100);
 2. shared embedding: the input embedding is the output matrix too, from PaLM (https://arxiv.org/abs/2204.02311);
 3. memory-efficient attention: the T x S weights are never stored (https://arxiv.org/abs/2112.05682, xformers).
-Results equal those of transformers 4.31; the README lists where they differ on purpose.
-Shapes: B batch, T new positions, S all visible positions (cached and new), H heads, D head size, C = H * D hidden size,
-V vocabulary. "B|1" is a batch size that may be 1 where all rows agree.
+Results equal those of transformers 4.31, but where the README says so. Shapes: B batch, T new positions, S all visible
+positions (cached and new), H heads, D head size, C = H * D hidden size, V vocabulary; "B|1": B, or 1 if all rows agree.
 """
 
 import argparse
@@ -42,7 +41,8 @@ def expect(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    expect(tensor.shape in shapes, f"{name} of shape {tuple(tensor.shape)}: expected {tuple(shapes[0])}")
+    fits = any(tensor.shape == torch.Size(shape) for shape in shapes)
+    expect(fits, f"{name} of shape {tuple(tensor.shape)}: expected {tuple(shapes[0])}")
 
 @dataclass
 class OpenLlamaConfig:
@@ -191,6 +191,8 @@ class KVCache:
         ones = self.keys[0].new_ones(1, self.length, dtype=torch.long)
         self.documents = F.pad(ones if self.documents is None else self.documents, (0, self.capacity - self.length))
         self.length = ones.new_tensor([self.length])
+        for tensor in (*self.keys, *self.values, self.documents, self.length):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may then write to it
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
@@ -259,11 +261,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None, eager: bool):
     """softmax(q k' / sqrt(D)) v: as in the textbook, with the weights, if eager; else by PyTorch's SDPA.
-    mask: True where a query sees a key, broadcast to (B, H, T, S); None, for SDPA only: causal, and T is S or 1."""
+    mask: True where a query sees a key, broadcast to (B, H, T, S); None: causal, and T is S or 1."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D)
     (*BHT, _), S = q.shape, k.shape[2]
     if not eager and (q.is_cuda or not dropout_p):  # on the CPU, SDPA's dropout stores the weights
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and BHT[2] > 1)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=not (BHT[2] == 1 or mask is not None))
         return out.transpose(1, 2), None
     mask = torch.ones(BHT[2], S, dtype=torch.bool, device=q.device).tril(S - BHT[2]) if mask is None else mask
     keep = torch.rand(*BHT, S, device=q.device) >= dropout_p if dropout_p else None
@@ -610,8 +612,9 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt, or no (B, T): {tuple(input_ids.shape)}")
         check_ids("input_ids", input_ids.cpu(), self.config.vocab_size)
         B, T = input_ids.shape
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
-        expect_shape("attention_mask", real, (B, T))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        expect_shape("attention_mask", mask, (B, T))
+        real = (mask.eq(mask.amax(1, keepdim=True)) & mask.ne(0)).long()  # the row's last document
         expect(real.any(1).all(), "empty prompt: attention_mask has a row without a real token")
         if max_new_tokens is None:
             max_new_tokens = (self.config.max_position_embeddings if max_length is None else max_length) - T
@@ -625,10 +628,9 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
         pad = pad if pad is not None else eos[0] if len(eos) else 0
         expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
-        last = T - 1 - real.flip(1).argmax(1, keepdim=True)  # where each row's last real token stands
         seen = real.new_zeros(B, self.config.vocab_size)  # how often a row holds each token
         cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-        step, ids, mask = OpenLlamaForCausalLM.next_scores, input_ids, attention_mask
+        step, ids, last = OpenLlamaForCausalLM.next_scores, input_ids, T - 1 - real.flip(1).argmax(1, keepdim=True)
         for n in range(max_new_tokens):
             if compile and n == 1:
                 step, _ = compiled_step(), cache.fix()
@@ -677,13 +679,11 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
 
     def head(self, hidden: Tensor, labels: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None):
         """Loss, by problem_type or by num_labels and type, of (B,) classes or (B, num_labels) numbers; and logits."""
-        (B, T, _), pad, real = hidden.shape, self.config.pad_token_id, torch.ones_like(hidden[:, :, 0])
-        if attention_mask is not None:
-            real = attention_mask
-        elif pad is not None and input_ids is not None:
-            real = input_ids != pad
-        else:
-            expect(pad is not None or B == 1, f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask")
+        (B, T, _), pad = hidden.shape, self.config.pad_token_id
+        known = attention_mask is not None or pad is not None or B == 1
+        expect(known, f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask")
+        real = torch.ones_like(hidden[:, :, 0]) if pad is None or input_ids is None else input_ids != pad
+        real = real if attention_mask is None else attention_mask
         last = T - 1 - real.ne(0).long().flip(1).argmax(1)  # (B,)
         logits = self.score(hidden[torch.arange(B, device=hidden.device), last])  # (B, num_labels)
         if labels is None:

@@ -31,6 +31,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import convert_checkpoint
 import openllama
@@ -1109,6 +1112,355 @@ def test_generation_is_not_disturbed_by_training_settings():
     assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
 
 
+# ------------------------------------------------------------------------------------------- training: packed documents
+
+
+def packed():
+    """Ids of two rows of documents, (2, 32), and the document of each, as in attention_mask: padding stands before,
+    between and behind them; one is a single token, two are longer than MAX."""
+    rows = "1" * 18 + "2" * 5 + "00" + "3" * 7, "000" + "3" * 4 + "4" + "6" * 20 + "0000"
+    ids = torch.randint(1, V, (2, 32), generator=torch.Generator().manual_seed(7))
+    return ids, torch.tensor([[int(number) for number in row] for row in rows])
+
+
+def unpacked(ids, documents):
+    """Each document of packed rows: its row and columns, and its ids in a row of its own."""
+    for row, numbers in enumerate(documents):
+        for number in numbers[numbers > 0].unique():
+            yield row, numbers == number, ids[row : row + 1, numbers == number]
+
+
+@rope
+@pytest.mark.parametrize("kind", ("eager", "sdpa", "xformers"))
+def test_packed_documents_are_each_alone_in_value_and_gradient(rope, kind, request, monkeypatch):
+    model, (ids, documents) = tiny(rope_scaling=ROPES[rope], use_memory_efficient_attention=False).train(), packed()
+    alone = [(row, columns, own, model(own)) for row, columns, own in unpacked(ids, documents)]
+    targets = torch.cat([own[0, 1:] for *_, own, _ in alone])
+    loss = torch.nn.functional.cross_entropy(torch.cat([out.logits[0, :-1] for *_, out in alone]), targets)
+    expected = gradients(model, loss)
+    model.config.use_memory_efficient_attention = kind != "eager"
+    calls = request.getfixturevalue("xformers_calls") if kind == "xformers" else []
+    if kind == "xformers":
+        monkeypatch.setattr(openllama, "choose_attention", lambda *args: openllama.xformers_attention(args[2]))
+    together = model(ids, documents, labels=ids.masked_fill(documents == 0, -100))
+    assert len(calls) == (2 if kind == "xformers" else 0)  # one per layer
+    for row, columns, _, out in alone:
+        assert_close(together.logits[row, columns], out.logits[0])
+    assert_close(together.loss, loss)
+    assert_same_gradients(gradients(model, together.loss), expected)
+
+
+@torch.no_grad()
+def test_numbers_of_documents_need_only_ascend():
+    model, (ids, documents) = tiny(rope_scaling=ROPES["dynamic"]), packed()
+    outs = [model(ids, numbers, labels=ids) for numbers in (documents, (1000 * documents - 7).clamp(min=0).int())]
+    assert torch.equal(outs[0].logits, outs[1].logits) and torch.equal(outs[0].loss, outs[1].loss)
+
+
+@torch.no_grad()
+def test_tokens_are_counted_in_their_document():
+    """To the bit: only distances count, but far from 0, they are less exact."""
+    model, (ids, documents) = tiny(), packed()
+    positions = torch.zeros_like(ids)
+    for row, columns, own in unpacked(ids, documents):
+        positions[row, columns] = torch.arange(own.shape[1])
+    counted, told = (model(ids, documents, given).logits[documents > 0] for given in (None, positions))
+    assert torch.equal(counted, told)
+
+
+@rope
+@backend
+@pytest.mark.parametrize("recording", (False, True))
+def test_packed_documents_in_steps_are_one_forward(rope, efficient, recording):
+    """Through a cache, with the mask of all that was seen: documents go on, end and begin within and between steps."""
+    settings = {"max_position_embeddings": 20, "use_memory_efficient_attention": efficient}
+    model, (ids, documents), cache, logits = tiny(rope_scaling=ROPES[rope], **settings), packed(), KVCache(), []
+    with torch.set_grad_enabled(recording):
+        for start, end in itertools.pairwise((0, 5, 18, 19, 30, 32)):
+            logits.append(model(ids[:, start:end], documents[:, :end], past_key_values=cache).logits)
+        whole = model(ids, documents).logits
+    assert_close(torch.cat(logits, dim=1)[documents > 0], whole[documents > 0])
+
+
+@rope
+@pytest.mark.parametrize("penalty", (1.0, 1.5))
+def test_generation_goes_on_with_the_last_document(rope, penalty):
+    model, (ids, documents) = tiny(rope_scaling=ROPES[rope], **HEADS["own"]), packed()
+    settings = {"max_new_tokens": 12, "eos_token_id": None, "repetition_penalty": penalty}
+    together = model.generate(ids, documents, **settings)
+    for row, own in {row: own for row, _, own in unpacked(ids, documents)}.items():  # each row's last
+        alone = model.generate(own, **settings)[0, -12:]
+        assert alone.unique().numel() > 1  # not the same token over and over, which would tell little
+        assert torch.equal(together[row, 32:], alone)
+
+
+def test_xformers_packs_documents_under_a_block_diagonal_causal_mask(xformers_calls):
+    _, documents = packed()
+    q = torch.randn(2, 32, 4, 8)
+    openllama.xformers_attention(documents)(q, q, q, 0.0)
+    [(bias, queries, keys)], N = xformers_calls, documents.count_nonzero()
+    assert queries == keys == (1, N, 4, 8)
+    owner = (documents + torch.tensor([[0], [10]]))[documents > 0]
+    hidden = (owner[:, None] != owner) | torch.ones(N, N).triu(1).bool()
+    assert torch.equal(bias.materialize((N, N)), torch.zeros(N, N).masked_fill(hidden, -math.inf))
+
+
+# ----------------------------------------------------------------------------------------------------- training: memory
+
+
+class Allocations(TorchDispatchMode):
+    """The memory of all tensors made under it: `held` maps what is still in use to (type, elements, bytes), and `peak`
+    is the largest sum of bytes so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        tensors = lambda tree: [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        given = {StorageWeakRef(x.untyped_storage()) for x in tensors((args, kwargs))}
+        for x in tensors(out):
+            storage = x.untyped_storage()
+            if StorageWeakRef(storage) not in given:  # else a view, or written in place
+                self.held[StorageWeakRef(storage)] = x.dtype, storage.nbytes() // x.itemsize, storage.nbytes()
+        self.peak = max(self.peak, self.bytes())
+        return out
+
+    def bytes(self):
+        self.held = {storage: made for storage, made in self.held.items() if not storage.expired()}
+        return sum(size for *_, size in self.held.values())
+
+
+def long_batch():
+    """More tokens than are compared with their labels at a time: ids, mask and labels, (3, 200)."""
+    torch.manual_seed(8)
+    ids, mask = torch.randint(1, V, (3, 200)), torch.ones(3, 200, dtype=torch.long)
+    mask[0, :60], mask[1, 150:], mask[2, 80:] = 0, 0, 2
+    return ids, mask, ids.masked_fill((torch.rand(3, 200) < 0.2) | (mask == 0), -100)
+
+
+@head
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])  # the decoder, the output matrix
+def test_the_loss_alone_is_the_loss_in_value_and_gradient(head, trained):
+    model, (ids, mask, labels) = tiny(**HEADS[head]).train(), long_batch()
+    output = (model.lm_head if head == "own" else model.model.embed_tokens).weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(trained[parameter is output])
+    plain, alone = (model(ids, mask, labels=labels, logits_to_keep=keep) for keep in (0, None))
+    assert plain.logits is not None and alone.logits is None
+    assert_close(alone.loss, plain.loss)
+    theirs, ours = (gradients(model, 3 * out.loss) for out in (plain, alone))
+    assert ours.keys() == theirs.keys()
+    assert_same_gradients(ours, theirs)
+    with torch.no_grad():
+        assert_close(model.eval()(ids, mask, labels=labels, logits_to_keep=None).loss, plain.loss)
+
+
+@pytest.mark.parametrize("recording", (False, True))
+def test_the_loss_alone_takes_a_fraction_of_the_memory_of_logits(recording):
+    """Of 2048 tokens' logits, those of 256 exist at a time, and none are kept for the backward."""
+    model, ids = tiny(vocab_size=4000, num_hidden_layers=1), torch.randint(4000, (1, 2048))
+    size, peaks, kept = 2048 * 4000 * 4, [], []
+    for keep in (0, None):
+        with torch.set_grad_enabled(recording), Allocations() as memory:
+            loss = model(ids, labels=ids, use_cache=False, logits_to_keep=keep).loss
+            kept.append(memory.bytes())
+            if recording:
+                loss.backward()
+            peaks.append(memory.peak)
+            model.zero_grad()
+    assert peaks[0] > 2 * size  # also their softmax, or gradient
+    assert peaks[1] < peaks[0] / 4 and peaks[1] < 3 / 4 * size
+    assert not recording or kept[0] - kept[1] > 0.9 * size
+
+
+@padding
+def test_logits_to_keep_are_columns_of_the_logits_and_leave_the_loss(padding):
+    model, (ids, mask) = tiny().train(), batch(padding)
+    some, each = torch.tensor([7, 0, 23]), torch.tensor([[3, 4, 5], [23, 1, 1]])
+    for keep, columns in ((0, torch.arange(24)), (1, [23]), (5, torch.arange(19, 24)), (some, some), (each, each)):
+        ours, full = (model(ids, mask, labels=ids, logits_to_keep=n) for n in (keep, 0))
+        theirs = full.logits[torch.arange(2)[:, None], columns]
+        assert_close(ours.logits, theirs)
+        assert_close(ours.loss, full.loss)
+        losses = ours.loss + ours.logits.square().mean(), full.loss + theirs.square().mean()
+        assert_same_gradients(*(gradients(model, loss) for loss in losses))
+
+
+@rope
+@padding
+def test_dropout_with_the_same_seed_is_the_same_in_both_backends(rope, padding):
+    dropouts = {"hidden_dropout_prob": 0.2, "attention_dropout_prob": 0.3}
+    model, (ids, mask) = tiny(rope_scaling=ROPES[rope], **dropouts).train(), batch(padding)
+    losses, grads = [], []
+    for efficient in (True, False):
+        model.config.use_memory_efficient_attention = efficient
+        torch.manual_seed(9)
+        losses.append(model(ids, mask, labels=real_labels(ids, mask)).loss)
+        grads.append(gradients(model, losses[-1]))
+    assert_close(*losses)
+    assert_same_gradients(*grads)
+
+
+@backend
+def test_attention_dropout_draws_for_each_weight(efficient):
+    N, p, g = 4000, 0.3, torch.Generator().manual_seed(11)
+    q, k = torch.randn(2, N, 3, 2, 4, generator=g)
+    v, mask = (
+        torch.eye(3)[:, None].expand(N, 3, 2, 3),
+        torch.ones(3, 3, dtype=torch.bool),
+    )  # what is returned: the weights
+    torch.manual_seed(4)
+    whole, some = (openllama.attention(q, k, v, dropout, mask, not efficient)[0].flatten(1) for dropout in (0.0, p))
+    dropped = some == 0
+    assert_close(some, (whole / (1 - p)).masked_fill(dropped, 0))
+    assert (dropped.double().mean(0) - p).abs().max() <= 5 * math.sqrt(p * (1 - p) / N)
+    assert (dropped.double().T.corrcoef() - torch.eye(18)).abs().max() <= 5 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_memory_efficient_attention_keeps_no_weights_for_the_backward(dropout):
+    model, ids = tiny(attention_dropout_prob=dropout).train(), torch.ones(1, 64, dtype=torch.long)
+    squares = []  # what is held of 64 x 64 elements or more; all else is smaller
+    for efficient in (True, False):
+        model.config.use_memory_efficient_attention = efficient
+        with Allocations() as memory:
+            loss = model(ids, labels=ids).loss
+            memory.bytes()
+            squares.append([dtype for dtype, elements, _ in memory.held.values() if elements >= 64 * 64])
+        loss.backward()
+    assert set(squares[0]) == ({torch.bool} if dropout else set())
+    assert squares[1].count(torch.float32) >= 2  # one per layer
+
+
+@backend
+def test_checkpointing_holds_far_less_for_the_backward(efficient):
+    dropouts = {"hidden_dropout_prob": 0.2, "attention_dropout_prob": 0.2}
+    settings = {"num_hidden_layers": 6, "use_memory_efficient_attention": efficient}
+    model, (ids, mask), held = tiny(**settings, **dropouts).train(), batch("left"), []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        with Allocations() as memory:
+            loss = model(ids, mask, labels=ids, use_cache=False).loss
+            held.append(memory.bytes())
+        loss.backward()
+    assert held[1] < held[0] / 4
+
+
+# --------------------------------------------------------------------------------- training: compiled, and many devices
+
+
+def assert_compiled_is_eager(model, compiled, ids, mask, labels, keep):
+    losses = [m(ids, mask, labels=labels, logits_to_keep=keep, use_cache=False).loss for m in (compiled, model)]
+    ours, theirs = (gradients(model, loss) for loss in losses)
+    assert_close(*losses)
+    assert ours.keys() == theirs.keys()
+    assert_same_gradients(ours, theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("masked, keep", [(False, 0), (True, None)])
+def test_compiled_training_is_eager_training(masked, keep):
+    """In one graph, and compiled once: where documents and padding stand is data."""
+    torch._dynamo.reset()
+    model, (ids, documents) = tiny().train(), packed()
+    compiled, labels = torch.compile(model, fullgraph=True), ids.masked_fill(documents == 0, -100)
+    assert_compiled_is_eager(model, compiled, ids, documents if masked else None, labels, keep)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        padded = (documents > 1).long() if masked else None
+        assert_compiled_is_eager(model, compiled, ids.flip(0), padded, labels.flip(0), keep)
+
+
+def test_compiled_training_takes_any_shape():
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for B, T in ((2, 32), (3, 40)):
+        ids, labels = torch.randint(1, V, (2, B, T), generator=torch.Generator().manual_seed(12))
+        assert_compiled_is_eager(model, compiled, ids, None, labels, 0)
+
+
+def test_compiled_the_loss_alone_is_the_loss():
+    torch._dynamo.reset()
+    model = tiny().train()
+    assert_compiled_is_eager(model, torch.compile(model, fullgraph=True, backend="aot_eager"), *long_batch(), None)
+
+
+SHARDINGS = [(2, 1, "shared"), (1, 2, "shared"), (2, 2, "shared"), (2, 2, "own")]  # over data, over heads; the output
+SHARDED = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from openllama import tensor_parallel_plan
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), 4, rank)
+cases, ids = torch.load(f"{folder}/cases", weights_only=False)
+results = []
+for dp, tp, model in cases:  # where two devices are enough, two others do the same
+    mesh = dist.init_device_mesh("cpu", (4 // (dp * tp), dp, tp), mesh_dim_names=("copy", "dp", "tp"))
+    if tp > 1:
+        parallelize_module(model, mesh["tp"], tensor_parallel_plan())
+    if dp > 1:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    mine, trained = ids.chunk(dp)[mesh.get_local_rank("dp")], []
+    for keep in (0, None):
+        model.zero_grad()
+        loss = model(mine, labels=mine, logits_to_keep=keep).loss
+        loss.backward()
+        dist.all_reduce(loss := loss.detach())
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        grads = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+        trained.append((loss / 4, grads))
+    elements = sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in model.parameters())
+    results.append((trained, model.generate(ids, max_new_tokens=8, eos_token_id=None), elements))
+if rank == 0:
+    torch.save(results, f"{folder}/results")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory):
+    """What four processes make of a batch in each of SHARDINGS: losses and gradients, text, and parameters held."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    folder = tmp_path_factory.mktemp("sharded")
+    models = [(dp, tp, tiny(**HEADS[head])) for dp, tp, head in SHARDINGS]
+    torch.save((models, packed()[0].view(4, 16)), folder / "cases")
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, folder]
+    with (folder / "errors").open("w") as errors:
+        workers = [subprocess.Popen([*command, str(rank)], env=env, stderr=errors) for rank in range(4)]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for worker in workers:
+            worker.wait(timeout=120)
+    for worker in workers:
+        worker.kill()
+    assert [worker.wait() for worker in workers] == [0] * 4, (folder / "errors").read_text()
+    return dict(zip(SHARDINGS, torch.load(folder / "results"), strict=True))
+
+
+@pytest.mark.parametrize("case", SHARDINGS)
+def test_sharded_over_data_and_heads_it_is_the_same_model(case, sharded):
+    model, ids = tiny(**HEADS[case[2]]), packed()[0].view(4, 16)
+    loss = model(ids, labels=ids).loss
+    expected, (trained, text, elements) = gradients(model, loss), sharded[case]
+    for their_loss, grads in trained:
+        assert_close(their_loss, loss)
+        assert grads.keys() == expected.keys()
+        assert_same_gradients(grads, expected)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=8, eos_token_id=None))
+    assert elements < 1.3 * model.num_parameters() / (case[0] * case[1])  # some are whole everywhere
+
+
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
@@ -1355,14 +1707,25 @@ def test_the_file_alone_needs_nothing_but_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(HERE)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_examples_of_the_readme_run(tmp_path):
+    library, classifier, sharded, figures = re.findall(
+        r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+    def run(code, *launcher):
+        (tmp_path / "example.py").write_text(code)
+        return subprocess.run(
+            [sys.executable, *launcher, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=environment, timeout=300,
+        ).stdout  # fmt: skip
+
+    run(library)
     assert sorted(os.listdir(tmp_path / "checkpoint")) == ["config.json", "model.safetensors"]
+    shares = [int(share) for share in re.findall(r"right (\d+)%", run(classifier))]
+    assert len(shares) == 7 and shares[0] < 70 and shares[-1] > 90
+    run(sharded, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    compile(figures, "figures.py", "exec")  # it measures a GPU, for minutes
 
 
 def test_importing_is_quiet_and_brings_in_torch_alone():
