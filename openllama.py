@@ -224,7 +224,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     written as the sum that it is, which then runs at the speed of memory. And float32 on the CPU goes to oneDNN, not to
     MKL, which on AMD has half the speed, and only one thread for a single token."""
     recording, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    plain = type(weight) is nn.Parameter and not torch.is_autocast_enabled(x.device.type)  # not sharded, not quantised
+    plain = type(weight) is nn.Parameter and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # no shard
     if plain and compiling and not recording and x.numel() == weight.shape[1]:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     if plain and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:

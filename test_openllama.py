@@ -1091,6 +1091,12 @@ def test_linear_layers_are_products_in_value_and_in_both_derivatives(shape, dtyp
         assert_close(our, their, 1e-5 if dtype != torch.bfloat16 else bfloat16_bound(1))
 
 
+def test_shapes_are_told_without_memory():
+    with torch.device("meta"):
+        out = OpenLlamaForCausalLM(OpenLlamaConfig())(torch.ones(2, 5, dtype=torch.long))
+    assert out.logits.shape == (2, 5, 100000) and out.logits.is_meta
+
+
 def test_logits_may_be_changed_in_place():
     logits = tiny()(batch("none")[0]).logits
     logits[:, -1] /= 2
