@@ -1042,6 +1042,8 @@ def test_compiled_decoding_gives_the_tokens_of_eager_decoding(rope, padding):
 def test_compiling_happens_once_and_is_told_once(capsys):
     model, (ids, _) = tiny(), batch("none")
     openllama.compiled_step.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model.generate(ids, max_new_tokens=1, eos_token_id=None, compile=True)  # the prompt's forward is not compiled
     assert capsys.readouterr() == ("", "")
     model.generate(ids[:, :3], max_new_tokens=3, eos_token_id=None, compile=True)
