@@ -268,7 +268,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | 
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=not (BHT[2] == 1 or mask is not None))
         return out.transpose(1, 2), None
     mask = torch.ones(BHT[2], S, dtype=torch.bool, device=q.device).tril(S - BHT[2]) if mask is None else mask
-    keep = torch.rand(*BHT, S, device=q.device) >= dropout_p if dropout_p else None
+    keep = torch.rand(*BHT, S, device=q.device, dtype=torch.float32) >= dropout_p if dropout_p else None
     def textbook(q, k, v):
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)  # (B, H, T, S)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
