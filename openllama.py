@@ -41,7 +41,7 @@ def expect(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    fits = any(tensor.shape == torch.Size(shape) for shape in shapes)
+    fits = any(tensor.shape == torch.Size(shape) for shape in shapes)  # "in" fails under torch.compile
     expect(fits, f"{name} of shape {tuple(tensor.shape)}: expected {tuple(shapes[0])}")
 
 @dataclass
@@ -183,8 +183,8 @@ class KVCache:
 
     def place(self, T: int) -> tuple[slice | Tensor, int]:
         """Where T new tokens go, and S, the number of positions that attention then reads."""
-        end, full = self.length + T, isinstance(self.length, Tensor)
-        return (self.length, self.keys[0].shape[2]) if full else (slice(self.length, end), end)
+        end, fixed = self.length + T, isinstance(self.length, Tensor)
+        return (self.length, self.keys[0].shape[2]) if fixed else (slice(self.length, end), end)
 
     def fix(self) -> None:
         """Hold `capacity` positions, the unwritten as padding, and count in a tensor: a step then changes no shape."""
@@ -222,9 +222,9 @@ onednn_linear.register_autograd(onednn_grads, setup_context=lambda ctx, inputs, 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight', (..., C) to (..., len(weight)): PyTorch's product, but for two cases. Compiled, a single token's is
     written as the sum that it is, which then runs at the speed of memory. And float32 on the CPU goes to oneDNN, not to
-    MKL, which on AMD has half the speed, and only one thread for a single token."""
+    MKL, which on AMD has half the speed, and one thread for one token. Sharded or quantised weights are PyTorch's."""
     recording, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    plain = type(weight) is nn.Parameter and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # no shard
+    plain = type(weight) is nn.Parameter and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     if plain and compiling and not recording and x.numel() == weight.shape[1]:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     if plain and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
