@@ -1,143 +1,1255 @@
 # SPDX-License-Identifier: MIT
-"""Open-Llama in one file: the model, its cache, its checkpoints and its sampling.
+"""Open-Llama in one file: first the model, then what makes it practical.
 
 Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three changes:
-1. stable embedding: a LayerNorm on the token embedding, from Bloom (https://arxiv.org/abs/2211.05100);
-2. shared embedding: the input embedding is the output matrix too, from PaLM (https://arxiv.org/abs/2204.02311);
-3. memory-efficient attention: the T x S weights are never stored (https://arxiv.org/abs/2112.05682, xformers).
-Results equal those of transformers 4.31, but where the README says so. Shapes: B batch, T new positions, S all visible
-positions (cached and new), H heads, D head size, C = H * D hidden size, V vocabulary; "B|1": B, or 1 if all rows agree.
+
+1. Stable embedding: a LayerNorm on the token embedding, from Bloom
+   (https://arxiv.org/abs/2211.05100).
+2. Shared embedding: the input embedding is the output matrix too, from PaLM
+   (https://arxiv.org/abs/2204.02311).
+3. Memory-efficient attention: its T x S weights are never stored, from xformers
+   (https://arxiv.org/abs/2112.05682).
+
+Results are those of transformers 4.31; where they differ on purpose, a comment says so.
+
+Part one is the model.            Part two is what makes it practical.
+  1 Configuration                   6 Padding and packed documents
+  2 RMSNorm, rotary embedding       7 Key-value cache, output
+  3 Attention, MLP, layer           8 Memory-efficient attention
+  4 Decoder                         9 Classifier
+  5 Language model                 10 Checkpoints
+                                   11 Sampling
+                                   12 Speed
+                                   13 Command line
+
+Shapes are written in these letters:
+
+  B  batch: rows                    H  attention heads
+  T  new tokens of a row            D  head size
+  S  visible tokens of a row,       C  hidden size, H * D
+     cached and new                 V  vocabulary
+
+"B|1" means B, or 1 where all rows agree; "S|1" likewise.
 """
 
+from __future__ import annotations
+
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial, partialmethod, reduce
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial, reduce
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": F.tanh, "sigmoid": F.sigmoid}
-ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
-ONEDNN = torch.backends.mkldnn.is_available()
-LIBRARY_KEYS = (  # what transformers writes into config.json besides the model
-    "architectures auto_map transformers_version torch_dtype dtype label2id tokenizer_class pretraining_tp max_length "
-    "do_sample min_length early_stopping no_repeat_ngram_size return_dict_in_generate sep_token_id finetuning_task "
-    "num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty num_return_sequences"
-).split()
+Folder = str | os.PathLike
+Device = str | torch.device | None
 
-def expect(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+# =============================================================================================
+# Part one: the model
+# =============================================================================================
 
-def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    fits = any(tensor.shape == torch.Size(shape) for shape in shapes)  # "in" fails under torch.compile
-    expect(fits, f"{name} of shape {tuple(tensor.shape)}: expected {tuple(shapes[0])}")
+
+# --- 1. Configuration ------------------------------------------------------------------------
+
 
 @dataclass
 class OpenLlamaConfig:
-    """The model's shape and switches: the document's `OpenLlamaConfig`, field by field.
-    rope_scaling: None, or {"type": "linear" or "dynamic", "factor": above 1}. hidden_act: a name or a function.
-    An impossible value is a ValueError that names the field, the value and what was expected."""
+    """The model's sizes and switches, named as in config.json; the defaults are the 7B model's.
+
+    An impossible value raises a ValueError that names it. To add a setting of your own, subclass
+    this as a dataclass, and name the subclass in your model's `config_class`.
+    """
 
     vocab_size: int = 100000
     hidden_size: int = 4096
-    intermediate_size: int = 11008
+    intermediate_size: int = 11008  # of the MLP
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    hidden_act: str | Callable[[Tensor], Tensor] = "silu"
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
+    hidden_act: str | Callable[[Tensor], Tensor] = "silu"  # a name in ACTIVATIONS, or a function
+    max_position_embeddings: int = 2048  # the length trained for; only dynamic scaling reads it
+    initializer_range: float = 0.02  # standard deviation of fresh weights
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = False  # has the effect of shared_input_output_embedding
     use_memory_efficient_attention: bool = True
-    hidden_dropout_prob: float = 0.1
-    attention_dropout_prob: float = 0.1
+    hidden_dropout_prob: float = 0.1  # of what the MLP returns
+    attention_dropout_prob: float = 0.1  # of the attention weights
     use_stable_embedding: bool = True
     shared_input_output_embedding: bool = True
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    num_labels: int = 2
-    problem_type: str | None = None
+    rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": above 1}
+    num_labels: int = 2  # of the classifier
+    problem_type: str | None = None  # of the classifier; None: what its labels look like
     output_attentions: bool = False
     output_hidden_states: bool = False
-    return_dict: bool = True
-    head_dim = property(lambda self: self.hidden_size // self.num_attention_heads)
-    rope_is_dynamic = property(lambda self: "dynamic" in (self.rope_scaling or {}).values())
+    return_dict: bool = True  # False: models return tuples
 
     def __post_init__(self):
-        if (rope := self.rope_scaling) is not None:
-            expect(isinstance(rope, dict), f"rope_scaling={rope!r}: expected a dict of type and factor")
-            rest = {"type" if key == "rope_type" else key: value for key, value in rope.items() if value is not None}
-            self.rope_theta = rest.pop("rope_theta", self.rope_theta)
-            kind, factor = rest.pop("type", None), rest.pop("factor", 0)
-            ok = kind == "default" or kind in ("linear", "dynamic") and type(factor) in (int, float) and factor > 1
-            expect(ok and not rest, f"rope_scaling={rope}: expected type linear or dynamic and factor > 1, no more")
-            self.rope_scaling = None if kind == "default" else {"type": kind, "factor": float(factor)}
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            expect(field.type is not bool or type(value) is bool, f"{name}={value!r}: expected true or false")
-            ids = (value if isinstance(value, list) else [value]) if name.endswith("_token_id") else []
-            expect(all(i is None or type(i) is int for i in ids), f"{name}={value!r}: expected a token's id or None")
-            if field.type in (int, float):  # 1e-30: any number above 0
-                low, high, wanted = (0, 1, "in [0, 1)") if "dropout" in name else (1e-30, math.inf, "above 0")
-                ok = type(value) in (int, field.type) and low <= value < high
-                expect(ok, f"{name}={value!r}: expected {field.type.__name__} {wanted}")
-        V, C, H, pad = self.vocab_size, self.hidden_size, self.num_attention_heads, self.pad_token_id
-        expect(C % H == 0, f"hidden_size={C} is not divisible by num_attention_heads={H}")
-        expect(C // H % 2 == 0, f"hidden_size={C} / num_attention_heads={H}: expected an even head size, not {C // H}")
-        expect(pad is None or pad in range(V), f"pad_token_id={pad!r}: expected None or an id below vocab_size={V}")
-        known = callable(self.hidden_act) or self.hidden_act in [*ACTIVATIONS]
-        expect(known, f"hidden_act={self.hidden_act!r}: expected a function or one of {[*ACTIVATIONS]}")
-        kinds = (None, "regression", "single_label_classification", "multi_label_classification")
-        expect(self.problem_type in kinds, f"problem_type={self.problem_type!r}: expected one of {kinds}")
+        check_config(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_dict(cls, values: dict) -> "OpenLlamaConfig":
-        """Read a config.json's contents, in any spelling that transformers has used. ValueError for a key that could
-        change the model: no field, none of the library's, not off (null, false, 0, empty), not what holds anyway."""
-        values = {key.replace("memorry", "memory"): value for key, value in values.items()}  # sic, in most checkpoints
-        values["rope_scaling"] = values.pop("rope_parameters", None) or values.get("rope_scaling")  # transformers 5
-        kind = values.pop("model_type", "open-llama")  # one of other models is for convert_checkpoint.py
-        expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
-        values["num_labels"] = len(values.pop("id2label", None) or ()) or values.get("num_labels", cls.num_labels)
-        own = {field.name for field in fields(cls)}
-        config = cls(**{key: value for key, value in values.items() if key in own})
-        same = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
-        for key in values.keys() - own - set(LIBRARY_KEYS):
-            harmless = key.startswith("_") or not values[key] or values[key] == same.get(key)
-            expect(harmless, f"{key}={values[key]!r} is a setting that Open-Llama does not have")
-        return config
+    def from_dict(cls, values: dict) -> OpenLlamaConfig:
+        """Read the contents of a config.json. ValueError for what this model does not have."""
+        return config_from_dict(cls, values)
 
     def to_dict(self) -> dict:
+        """The contents of a config.json."""
         return {"model_type": "open-llama", **asdict(self)}
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "OpenLlamaConfig":
-        """Read `folder`/config.json. FileNotFoundError where there is none, ValueError where it is broken."""
+    def from_pretrained(cls, folder: Folder) -> OpenLlamaConfig:
+        """Read `folder`/config.json. OSError where there is none, ValueError if it is broken."""
         return cls.from_dict(read_json(Path(folder) / "config.json"))
 
-    def save_pretrained(self, folder: str | os.PathLike, **more) -> None:
+    def save_pretrained(self, folder: Folder, **more: object) -> None:
         """Write `folder`/config.json, with the keys of `more` added."""
-        expect(not callable(self.hidden_act), f"hidden_act={self.hidden_act}: config.json holds a name, not a function")
-        path = Path(folder) / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(self.to_dict() | more, indent=2) + "\n")
-        path.with_suffix(f".{os.getpid()}").replace(path)
+        save_config(self, Path(folder), more)
+
+
+# --- 2. RMSNorm, rotary embedding ------------------------------------------------------------
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (https://arxiv.org/abs/1910.07467).
+
+    Unlike nn.RMSNorm, it computes the quotient in float32 and rounds it before the product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class RotaryEmbedding:
+    """Turns queries and keys, so that their products depend on how far apart the tokens are.
+
+    RoPE (https://arxiv.org/abs/2104.09864) turns the pair n of a head, n < D/2, by the angle
+    position * base ** (-2n / D). One of these objects is made for each forward. A scaling is a
+    subclass, which ROTARY_EMBEDDINGS names, and which changes the base or the frequencies.
+    """
+
+    settings: tuple[str, ...] = ()  # what config.rope_scaling holds besides the type
+
+    def __init__(self, config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype):
+        frequencies = self.frequencies(config, tokens)
+        positions = tokens.positions[:, tokens.new]  # (B|1, T)
+        self.turn = cos_and_sin(positions, frequencies, dtype)  # of the new tokens
+
+    def base(self, config: OpenLlamaConfig, tokens: Tokens) -> float | Tensor:
+        return config.rope_theta
+
+    def frequencies(self, config: OpenLlamaConfig, tokens: Tokens) -> Tensor:
+        """The angle from one position to the next, of each pair: (D/2,)."""
+        even = torch.arange(0, config.head_dim, 2, device=tokens.new.device)  # 2n
+        return 1.0 / self.base(config, tokens) ** (even.float() / config.head_dim)
+
+    def turn_queries(self, q: Tensor) -> Tensor:
+        return rotate(q, *self.turn)
+
+    def turn_new_keys(self, k: Tensor) -> Tensor:
+        """What happens to the new keys (B, T, H, D) before they go into the cache."""
+        return rotate(k, *self.turn)
+
+    def turn_all_keys(self, k: Tensor) -> Tensor:
+        """What happens to all keys (B, S, H, D) when they come out of it."""
+        return k
+
+
+class LinearScaling(RotaryEmbedding):
+    """All angles are divided by a factor (https://arxiv.org/abs/2306.15595)."""
+
+    settings = ("factor",)
+
+    def frequencies(self, config: OpenLlamaConfig, tokens: Tokens) -> Tensor:
+        return super().frequencies(config, tokens) / config.rope_scaling["factor"]
+
+
+class DynamicNTKScaling(RotaryEmbedding):
+    """The base grows with the text (https://arxiv.org/abs/2309.00071, appendix A).
+
+    As it grows, the angles of earlier tokens change too. So the cache holds keys unturned, and
+    all of them are turned, by one base, after it; transformers 4.31 mixes keys of many bases.
+    """
+
+    settings = ("factor",)
+
+    def __init__(self, config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype):
+        cos, sin = cos_and_sin(tokens.positions, self.frequencies(config, tokens), dtype)
+        self.turn_of_all = (cos, sin)
+        self.turn = (cos[:, tokens.new], sin[:, tokens.new])
+
+    def base(self, config: OpenLlamaConfig, tokens: Tokens) -> Tensor:
+        """A base for each token, (B|1, S|1, 1): it depends on the length of its document."""
+        D, factor = config.head_dim, config.rope_scaling["factor"]
+        lengths = tokens.lengths() / config.max_position_embeddings
+        growth = (factor * lengths - (factor - 1)).clamp(min=1)  # 1 up to the length trained for
+        exponent = D / max(D - 2, 1)  # a head of one pair has frequency 1, whatever the base
+        return (config.rope_theta * growth**exponent)[..., None]
+
+    def turn_new_keys(self, k: Tensor) -> Tensor:
+        return k
+
+    def turn_all_keys(self, k: Tensor) -> Tensor:
+        return rotate(k, *self.turn_of_all)
+
+
+ROTARY_EMBEDDINGS = {  # by config.rope_scaling["type"]
+    "default": RotaryEmbedding,
+    "linear": LinearScaling,
+    "dynamic": DynamicNTKScaling,
+}
+
+
+def cos_and_sin(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, each (B|1, T, 1, D), for positions (B|1, T); computed in float32.
+
+    Both halves of a head have the same angles, but for the sign: the cosine does not see it,
+    and the sine takes over the minus of the rotation.
+    """
+    frequencies = torch.cat((-frequencies, frequencies), dim=-1)  # (D,), or (B|1, T|1, D)
+    angles = positions.float()[..., None] * frequencies  # (B|1, T, D)
+    angles = angles[:, :, None]  # the same in all heads
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) of x, a from its first half and b from its second, by its angle:
+    a becomes a cos - b sin, and b becomes b cos + a sin.
+
+    The pairs of this head are (1, 3), which makes a quarter turn, and (2, 4), which makes none:
+
+    >>> cos, sin = torch.tensor([0, 1, 0, 1]), torch.tensor([-1, 0, 1, 0])
+    >>> rotate(torch.tensor([1, 2, 3, 4]), cos, sin)
+    tensor([-3,  2,  1,  4])
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # b, then a
+    return x * cos + swapped * sin
+
+
+# --- 3. Attention, MLP, layer ----------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """What the layers share in one forward."""
+
+    rotary: RotaryEmbedding
+    attend: Callable  # of q, k, v and dropout_p: what the new tokens see, and the weights or None
+    cache: KVCache | None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kept: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k' / sqrt(D)) v, as in the textbook: (B, T, H, D), and its weights.
+
+    q (B, T, H, D); k, v (B, S, H, D); mask (B|1, 1, T, S): True where a query sees a key.
+    kept (B, H, T, S): which weights dropout leaves, if it acts, with probability p.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D) twice
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    left = weights
+    if kept is not None:
+        left = weights * kept / (1 - p)
+    return (left @ v).transpose(1, 2), weights
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0
+) -> tuple[Tensor, None]:
+    """The same by a kernel of PyTorch that stores no weights. Without a mask it is causal."""
+    T = q.shape[1]
+    causal = mask is None
+    if T == 1:  # a single query sees all keys; is_causal would show it the first one only
+        causal = False
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)
+    return out.transpose(1, 2), None
+
+
+class OpenLlamaAttention(nn.Module):
+    """Multi-head self-attention. `Linear` is nn.Linear, but faster in inference (section 12)."""
+
+    def __init__(self, config: OpenLlamaConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer = layer  # where the cache keeps its keys and values
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.config.head_dim)  # -1: all heads, or this process's share of them
+        q = self.q_proj(x).view(heads)
+        k = self.k_proj(x).view(heads)
+        v = self.v_proj(x).view(heads)
+        q = shared.rotary.turn_queries(q)
+        k = shared.rotary.turn_new_keys(k)
+        if shared.cache is not None:
+            k, v = shared.cache.update(self.layer, k, v)  # (B, S, H, D)
+        k = shared.rotary.turn_all_keys(k)
+        dropout_p = self.config.attention_dropout_prob if self.training else 0.0
+        out, weights = shared.attend(q, k, v, dropout_p)
+        return self.o_proj(out.reshape(B, T, -1)), weights
+
+
+class OpenLlamaMLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU, if act is SiLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = config.hidden_act
+        if not callable(self.act):
+            self.act = ACTIVATIONS[self.act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class OpenLlamaDecoderLayer(nn.Module):
+    def __init__(self, config: OpenLlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = OpenLlamaAttention(config, layer)
+        self.mlp = OpenLlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(x), shared)
+        x = x + attended
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, weights
+
+
+# --- 4. Decoder ------------------------------------------------------------------------------
+
+
+class OpenLlamaPreTrainedModel(nn.Module):
+    """What the models share: fresh weights, and ways in and out of files (section 10)."""
+
+    config_class = OpenLlamaConfig
+    may_lack: tuple[str, ...] = ()  # modules that a checkpoint may lack: a head, to be trained
+    ignores: tuple[str, ...] = ()  # modules that it may hold besides: the heads of other models
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__()
+        self.config = config
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Draw a module's weights; new.apply(model.init_weights) does so for a part of yours."""
+        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+            return
+        if isinstance(module, nn.Embedding) and self.config.use_stable_embedding:
+            nn.init.xavier_normal_(module.weight)  # as Bloom; the LayerNorm makes up for its size
+        else:
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Folder, dtype: torch.dtype | None = None, device: Device = None
+    ) -> OpenLlamaPreTrainedModel:
+        """Load config.json and model.safetensors, or shards, of a folder, in evaluation mode.
+
+        Weights are mapped from the files, and copied only where dtype (None: as stored) or
+        device (None: CPU) ask for it. ValueError tells all that does not fit.
+        """
+        return load_model(cls, Path(folder), dtype, device)
+
+    def save_pretrained(self, folder: Folder) -> None:
+        """Write config.json and model.safetensors, which transformers 4.31 reads too."""
+        save_model(self, Path(folder))
+
+    def resize_token_embeddings(self, size: int) -> nn.Embedding:
+        """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
+        return resize_vocabulary(self, size)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, recompute each layer in the backward, and keep no cache: less memory."""
+        self.decoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.decoder.gradient_checkpointing = False
+
+    @property
+    def decoder(self) -> OpenLlamaModel:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.embed_tokens
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def setting(self, name: str, value: bool | None) -> bool:
+        """An argument of forward: `value`, or the config's where it is None."""
+        return getattr(self.config, name) if value is None else value
+
+
+class OpenLlamaModel(OpenLlamaPreTrainedModel):
+    """The decoder: embedding, layers, final norm."""
+
+    ignores = ("lm_head", "score")
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.embed_layer_norm = nn.Identity()
+        if config.use_stable_embedding:
+            self.embed_layer_norm = nn.LayerNorm(config.hidden_size)
+        layers = (OpenLlamaDecoderLayer(config, n) for n in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.apply(self.init_weights)
+
+    @property
+    def decoder(self) -> OpenLlamaModel:
+        return self
+
+    def choose_attention(self, x: Tensor, tokens: Tokens, eager: bool) -> Callable:
+        """The `attend` of all layers for one forward; eager: one that returns the weights."""
+        return choose_attention(x, tokens, eager)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[tuple[Tensor, Tensor]] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple:
+        """Run the decoder.
+
+        input_ids: (B, T); or inputs_embeds: (B, T, C), which pass by the stable embedding's norm.
+        attention_mask: (B, S), cached tokens included; 0 for padding, on any side, else 1.
+          Documents packed into a row are numbered 1, 2, ...: each gives what it would alone.
+        position_ids: (B|1, T); None: each document's tokens are counted.
+        past_key_values: a KVCache, which is extended, or its contents as a tuple for each layer
+          of (key, value), each (B, H, S - T, D).
+        The others: the config's, where None.
+        """
+        config = self.config
+        recompute = self.gradient_checkpointing and self.training and past_key_values is None
+        use_cache = self.setting("use_cache", use_cache) and not recompute
+        output_attentions = self.setting("output_attentions", output_attentions)
+        output_hidden_states = self.setting("output_hidden_states", output_hidden_states)
+
+        check_inputs(input_ids, inputs_embeds, config)
+        x = inputs_embeds  # (B, T, C)
+        if x is None:
+            x = self.embed_layer_norm(self.embed_tokens(input_ids))
+        cache = past_key_values
+        if not isinstance(cache, KVCache):
+            cache = KVCache(past_key_values or ())
+        tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
+        kind = "default" if config.rope_scaling is None else config.rope_scaling["type"]
+        eager = output_attentions or not config.use_memory_efficient_attention
+        shared = Shared(
+            rotary=ROTARY_EMBEDDINGS[kind](config, tokens, x.dtype),
+            attend=self.choose_attention(x, tokens, eager),
+            cache=cache if use_cache or past_key_values is not None else None,
+        )
+
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
+            if recompute:
+                x, weights = checkpoint(layer, x, shared, use_reentrant=False)
+            else:
+                x, weights = layer(x, shared)
+            if output_attentions:
+                attentions.append(weights)
+        x = self.norm(x)
+
+        out = ModelOutput(last_hidden_state=x)
+        if use_cache:
+            cache.commit(tokens)
+            out.past_key_values = cache
+        if output_hidden_states:
+            out.hidden_states = (*hidden_states, x)
+        if output_attentions:
+            out.attentions = tuple(attentions)
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+
+
+# --- 5. Language model -----------------------------------------------------------------------
+
+
+class OpenLlamaLanguageModel(OpenLlamaPreTrainedModel):
+    """The language model. OpenLlamaForCausalLM (section 11) is the same, and can sample.
+
+    Its output matrix is the embedding, or `lm_head` where config.json asks for one of its own.
+    """
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__(config)
+        self.model = OpenLlamaModel(config)
+        if not (config.shared_input_output_embedding or config.tie_word_embeddings):
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.init_weights(self.lm_head)
+
+    @property
+    def output_weight(self) -> Tensor:  # (V, C)
+        if hasattr(self, "lm_head"):
+            return self.lm_head.weight
+        return self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[tuple[Tensor, Tensor]] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor | None = 0,
+    ) -> ModelOutput | tuple:
+        """Logits (B, T, V), and the loss if there are labels; other arguments: OpenLlamaModel's.
+
+        labels: (B, T), as input_ids; the loss is the mean cross-entropy of each token's
+          successor, in float32, but where that is -100 or begins another document.
+        logits_to_keep: 0: all; n: the last n tokens'; a tensor: those of these positions, (K,) or
+          (B, K); None: none. Unless all are kept, the loss does without all of them in memory.
+        """
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        wanted = (use_cache, output_attentions, output_hidden_states)
+        out = self.model(*inputs, *wanted, return_dict=True)
+        hidden = out.last_hidden_state
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        logits = None
+        if logits_to_keep is not None:
+            logits = linear(select_tokens(hidden, logits_to_keep), self.output_weight)
+        loss = None
+        if labels is not None:
+            check_labels(labels, hidden, self.config.vocab_size)
+            targets = next_tokens(labels, attention_mask)
+            if keeps_all:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            else:
+                loss = loss_in_chunks(hidden, self.output_weight, targets)
+        out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+
+
+# =============================================================================================
+# The model ends here. Part two: what makes it practical
+# =============================================================================================
+
+
+# --- 6. Padding and packed documents ---------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """All tokens that one forward sees, and which of them are new."""
+
+    new: Tensor  # (T,): the places of the new ones among all S
+    positions: Tensor  # (B|1, S): each one's in its document; of no meaning for padding
+    documents: Tensor | None  # (B|1, S): each one's, 0 for padding; None: all are of one document
+    told: bool = False  # whether positions were ever given, rather than counted
+
+    def lengths(self) -> Tensor:
+        """How many tokens each one's document has so far, (B|1, S), or (1, 1) if all are of one."""
+        if self.documents is None:
+            return self.positions.new_full((1, 1), self.positions.shape[1])
+        return document_lengths(self.documents)
+
+
+def locate_tokens(
+    cache: KVCache,
+    x: Tensor,
+    config: OpenLlamaConfig,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tokens:
+    """Begin a step: find out where the new tokens x (B, T, C) stand, behind those in the cache."""
+    B, T, _ = x.shape
+    new, S = cache.begin(x, config)
+    documents = cache.extended_documents(new)
+    if attention_mask is not None:
+        expect_shape("attention_mask", attention_mask, (B, S))
+        documents = attention_mask.long()
+        # a mask of ones is no mask, which is faster; compiled code can't look, and goes without
+        if not torch.compiler.is_compiling() and bool(documents.eq(1).all()):
+            documents = None
+    if documents is None:
+        positions = torch.arange(S, device=x.device)[None]
+    else:
+        positions = count_positions(documents)
+    told = position_ids is not None or cache.positions is not None
+    if told:
+        positions = with_given_positions(positions, cache.positions, position_ids, T)
+    return Tokens(new, positions, documents, told)
+
+
+def with_given_positions(
+    counted: Tensor, cached: Tensor | None, position_ids: Tensor | None, T: int
+) -> Tensor:
+    """The counted positions (B|1, S), but for those that were given, now or with cached tokens."""
+    S = counted.shape[1]
+    if cached is None:
+        cached = counted[:, : S - T]
+    if position_ids is None:
+        position_ids = counted[:, S - T :]
+    B = max(len(counted), len(cached), len(position_ids))
+    expect_shape("position_ids", position_ids, (B, T), (1, T))
+    return torch.cat((cached.expand(B, -1), position_ids.expand(B, -1)), dim=1)
+
+
+def document_begins(documents: Tensor) -> Tensor:
+    """(B, S): True at the first token of each document. Their numbers only need to ascend."""
+    so_far = documents.cummax(dim=1).values
+    return so_far > F.pad(so_far[:, :-1], (1, 0))
+
+
+def count_positions(documents: Tensor) -> Tensor:
+    """Each token's position in its document, (B, S): the real tokens so far, less those before it.
+
+    Two tokens of a document, padding, two of another; so far they are 1 2 2 3 4, and the
+    documents begin at the counts 1 and 3:
+
+    >>> count_positions(torch.tensor([[1, 1, 0, 2, 2]]))
+    tensor([[0, 1, 1, 0, 1]])
+    """
+    count = documents.ne(0).cumsum(dim=1)
+    at_begin = count.where(document_begins(documents), 0).cummax(dim=1).values
+    return count - at_begin
+
+
+def document_lengths(documents: Tensor) -> Tensor:
+    """How many tokens each one's document has, (B, S); padding belongs to the one before it.
+
+    >>> document_lengths(torch.tensor([[1, 1, 0, 2, 2]]))
+    tensor([[2, 2, 2, 2, 2]])
+    """
+    B, S = documents.shape
+    number = document_begins(documents).cumsum(dim=1)  # 1, 2, ...; 0 before the first
+    lengths = number.new_zeros(B, S + 1)
+    lengths = lengths.scatter_add(1, number, documents.ne(0).long())
+    return lengths.gather(1, number)
+
+
+def visible_keys(tokens: Tokens) -> Tensor:
+    """Which keys each new token sees, (B|1, 1, T, S): those of its document, up to itself.
+
+    Padding counts as a document, or it would see nothing, and a softmax of nothing is NaN. Here
+    are two new tokens behind a cache of three, the first of which is padding:
+
+    >>> documents = torch.tensor([[0, 1, 1, 1, 1]])
+    >>> tokens = Tokens(torch.tensor([3, 4]), count_positions(documents), documents)
+    >>> visible_keys(tokens).long()
+    tensor([[[[0, 1, 1, 1, 0],
+              [0, 1, 1, 1, 1]]]])
+    """
+    S = tokens.positions.shape[1]
+    mask = torch.arange(S, device=tokens.new.device) <= tokens.new[:, None]  # (T, S)
+    if tokens.documents is not None:
+        own = tokens.documents[:, tokens.new]
+        mask = mask & (tokens.documents[:, None] == own[:, :, None])
+    return mask.view(-1, 1, *mask.shape[-2:])
+
+
+def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """What the language model is to say behind each token of labels (B, T), or -100: nothing.
+
+    >>> next_tokens(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[1, 1, 1, 2, 2]]))
+    tensor([[   6,    7, -100,    9, -100]])
+    """
+    targets = F.pad(labels[:, 1:].long(), (0, 1), value=-100)
+    if attention_mask is None:
+        return targets
+    documents = attention_mask[:, -labels.shape[1] :]
+    begins = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] > 1)
+    return targets.masked_fill(F.pad(begins, (0, 1)), -100)
+
+
+def select_tokens(x: Tensor, positions: int | Tensor) -> Tensor:
+    """The last `positions` tokens of x (B, T, C), all if 0; or those at positions (K,), (B, K)."""
+    if isinstance(positions, Tensor):
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows[:, None], positions]
+    if positions == 0:
+        return x
+    return x[:, -positions:]
+
+
+# --- 7. Key-value cache, output --------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens so far: all that outlives a forward, which extends it.
+
+    `cache[layer]` is (key, value), each (B, H, length, D); key is not turned yet where the scaling
+    is dynamic. A forward begins a step, updates each layer, and commits; if it fails before that,
+    the cache is as it was. The buffers double when they are full, so that few tokens are copied:
+
+    >>> cache, token = KVCache(), torch.zeros(1, 1, 2, 4)  # (B, T, H, D)
+    >>> with torch.no_grad():
+    ...     for place in range(5):
+    ...         keys, values = cache.update(0, token, token)
+    ...         cache.commit(Tokens(torch.tensor([place]), positions=None, documents=None))
+    >>> cache  # the buffers grew from 1 to 2, 4 and 8 positions
+    KVCache(layers=1, length=5, capacity=8)
+    """
+
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = (), capacity: int = 0):
+        """past: a (key, value) for each layer; capacity: how many positions to begin with."""
+        self.keys = [key for key, _ in past]
+        self.values = [value for _, value in past]
+        shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
+        expect(
+            len(shapes) <= 1,
+            f"past_key_values of shapes {sorted(shapes)}: expected one, (B, H, S, D)",
+        )
+        self.length = self.keys[0].shape[2] if self.keys else 0
+        self.capacity = max(capacity, self.length)
+        self.documents = None  # (B, length): each token's, 0 for padding; None: all are of one
+        self.positions = None  # (B|1, length), if any were given; None: they are counted
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+    def __repr__(self) -> str:
+        length = int(self.length)
+        return f"{type(self).__name__}(layers={len(self)}, {length=}, capacity={self.capacity})"
+
+    def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
+        """The places of the new tokens x (B, T, C), (T,), and how many there are with them, S.
+
+        ValueError if the cache is of another batch or model.
+        """
+        if self.length == 0:  # what a forward may have left that failed
+            self.keys.clear()
+            self.values.clear()
+        else:
+            self.check(len(x), config)
+        S = self.length + x.shape[1]
+        return torch.arange(self.length, S, device=x.device), S
+
+    def check(self, B: int, config: OpenLlamaConfig) -> None:
+        layers = config.num_hidden_layers
+        expect(len(self) == layers, f"past_key_values: {len(self)} layers, expected {layers}")
+        rows, H, S, D = self.keys[0].shape  # H may be a share of the heads: there may be others
+        expect(
+            (rows, D) == (B, config.head_dim),
+            f"past_key_values of shape {(rows, H, S, D)}: expected {(B, H, S, config.head_dim)}",
+        )
+
+    def extended_documents(self, new: Tensor) -> Tensor | None:
+        """Each token's document, (B, S), if the new ones go on with the last."""
+        if self.documents is None:
+            return None
+        last = self.documents.amax(dim=1, keepdim=True)
+        return torch.cat((self.documents, last.expand(-1, len(new))), dim=1)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v of the new tokens, (B, T, H, D); return those of all, (B, S, H, D)."""
+        keys = self.extend(self.keys, layer, k.transpose(1, 2))
+        values = self.extend(self.values, layer, v.transpose(1, 2))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def extend(self, buffers: list[Tensor], layer: int, x: Tensor) -> Tensor:
+        """Put x (B, H, T, D) behind the first `length` positions of a layer's buffer."""
+        B, H, T, D = x.shape
+        S = self.length + T
+        if layer == len(buffers):
+            buffers.append(x[:, :, :0])
+        past = buffers[layer][:, :, : self.length]
+        if torch.is_grad_enabled():  # what autograd has recorded may not be written to
+            buffers[layer] = torch.cat((past, x), dim=2) if self.length else x
+            return buffers[layer]
+        if buffers[layer].shape[2] < S:
+            self.capacity = max(S, 2 * self.length, self.capacity)
+            buffers[layer] = x.new_empty(B, H, self.capacity, D)
+            buffers[layer][:, :, : self.length] = past
+        buffers[layer][:, :, self.length : S] = x
+        return buffers[layer][:, :, :S]
+
+    def commit(self, tokens: Tokens) -> None:
+        """Count the new tokens in."""
+        self.length += len(tokens.new)
+        self.capacity = max(self.capacity, self.length)
+        self.documents = tokens.documents
+        if tokens.told:
+            self.positions = tokens.positions
+
+
+@dataclass(eq=False, repr=False)
+class ModelOutput:
+    """What a model returns: a record (out.logits), a mapping (out["logits"], "loss" in out,
+    dict(out)), and a tuple (out[0], loss, logits = out). What is None is left out of these."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # (B, T, V), or (B, num_labels) from the classifier
+    last_hidden_state: Tensor | None = None  # (B, T, C), after the final norm; from the decoder
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # what each layer gets; last_hidden_state
+    attentions: tuple[Tensor, ...] | None = None  # the weights of each layer, (B, H, T, S)
+
+    def keys(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value is not None]
+
+    def to_tuple(self) -> tuple:
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> object:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
+
+    def __iter__(self) -> Iterator:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __repr__(self) -> str:
+        return f"ModelOutput({', '.join(f'{name}={describe(self[name])}' for name in self.keys())})"
+
+
+def describe(value: object) -> str:
+    """A value in brief: a tensor by its shape, a tuple by its length and its first element."""
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, tuple):
+        return f"{len(value)} x {describe(value[0])}"
+    return repr(value)
+
+
+def register_as_tree(kind: type) -> None:
+    """Let torch find the tensors of a record: DDP, FSDP, torch.export and others look for them."""
+
+    def flatten(record: object) -> tuple[list, tuple[str, ...]]:
+        return list(vars(record).values()), tuple(vars(record))
+
+    def unflatten(values: Iterable, names: Iterable[str]) -> object:
+        record = kind.__new__(kind)
+        vars(record).update(zip(names, values, strict=True))
+        return record
+
+    register_pytree_node(kind, flatten, unflatten)
+
+
+register_as_tree(ModelOutput)
+register_as_tree(KVCache)
+
+
+# --- 8. Memory-efficient attention -----------------------------------------------------------
+
+
+def choose_attention(x: Tensor, tokens: Tokens, eager: bool) -> Callable:
+    """One forward's attention: from q (B, T, H, D), k and v (B, S, H, D), and dropout_p, it makes
+    what the new tokens see, (B, T, H, D), and the weights, (B, H, T, S), or None.
+
+    The textbook's if eager. Else xformers' for half precision on CUDA, where it is installed and
+    has no padding to mind together with a cache; else PyTorch's.
+    """
+    T, S = x.shape[1], tokens.positions.shape[1]
+    causal = tokens.documents is None and T in (1, S)  # no mask is needed to tell
+    square = T == S
+    if not eager and in_half_precision(x) and (tokens.documents is None or square):
+        attend = xformers_attention(tokens.documents)
+        if attend is not None:
+            return attend
+    if not eager and causal:
+        return lean_attention
+    return masked_attention(visible_keys(tokens), eager)
+
+
+def masked_attention(mask: Tensor, eager: bool) -> Callable:
+    """Attention, as `choose_attention` returns it, for a mask of your own, (B|1, 1, T, S)."""
+    if eager:
+        return partial(eager_attention, mask=mask)
+    return partial(lean_attention, mask=mask)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    kept = draw_kept(q, k, dropout_p)
+    return attention(q, k, v, mask, kept, dropout_p)
+
+
+def lean_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """PyTorch's fused attention; but on the CPU that stores the weights if it has to drop some.
+
+    So there the textbook's is computed, and once more in the backward. What it drops is drawn
+    here, outside of what is repeated, so that both times it drops the same.
+    """
+    if q.is_cuda or dropout_p == 0:
+        return fused_attention(q, k, v, mask, dropout_p)
+    T, S = q.shape[1], k.shape[1]
+    if mask is None:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    kept = draw_kept(q, k, dropout_p)
+    out, _ = checkpoint(attention, q, k, v, mask, kept, dropout_p, use_reentrant=False)
+    return out, None
+
+
+def draw_kept(q: Tensor, k: Tensor, dropout_p: float) -> Tensor | None:
+    """Which weights dropout leaves, (B, H, T, S); None if it does not act."""
+    if dropout_p == 0:
+        return None
+    (B, T, H, _), S = q.shape, k.shape[1]
+    return torch.rand(B, H, T, S, device=q.device, dtype=torch.float32) >= dropout_p
+
+
+def in_half_precision(x: Tensor) -> bool:
+    """Whether queries will be float16 or bfloat16 on CUDA; autocast makes them of its own type."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return x.is_cuda and dtype in (torch.float16, torch.bfloat16)
+
+
+def xformers_attention(documents: Tensor | None) -> Callable | None:
+    """xformers' attention, or None where it is not installed. documents: (B, T), or None.
+
+    Padding is packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 tokens, whose
+    mask shows each of them its own document only.
+    """
+    try:
+        from xformers.ops import fmha, memory_efficient_attention
+    except ModuleNotFoundError:
+        return None
+    if documents is None:
+        causal = fmha.attn_bias.LowerTriangularFromBottomRightMask()  # the last query sees all
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, None]:
+            return memory_efficient_attention(q, k, v, attn_bias=causal, p=dropout_p), None
+
+        return attend
+
+    B = len(documents)
+    real = documents.flatten().nonzero().squeeze(1)  # the places of all real tokens in B * T
+    row = torch.arange(B, device=documents.device)[:, None]
+    apart = documents + row * (documents.max() + 1)  # no document of two rows has one number
+    lengths = torch.unique_consecutive(apart.flatten()[real], return_counts=True)[1]
+    blocks = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
+
+    def attend_packed(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, None]:
+        packed = (x.flatten(0, 1)[None, real] for x in (q, k, v))  # (1, real tokens, H, D)
+        out = memory_efficient_attention(*packed, attn_bias=blocks, p=dropout_p)
+        unpacked = torch.zeros_like(q).flatten(0, 1).index_copy(0, real, out[0])
+        return unpacked.view(q.shape), None
+
+    return attend_packed
+
+
+# --- 9. Classifier ---------------------------------------------------------------------------
+
+
+class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
+    """A classifier: `score` of the last real token of each row."""
+
+    may_lack = ("score",)
+    ignores = ("lm_head",)
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__(config)
+        self.model = OpenLlamaModel(config)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
+        self.init_weights(self.score)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[tuple[Tensor, Tensor]] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple:
+        """Logits (B, num_labels), and the loss if there are labels: (B,) classes, or (B,
+        num_labels) numbers, by config.problem_type. Other arguments: OpenLlamaModel's.
+
+        attention_mask tells the last real token, else pad_token_id does, else it is the last.
+        """
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        wanted = (use_cache, output_attentions, output_hidden_states)
+        out = self.model(*inputs, *wanted, return_dict=True)
+        hidden = out.last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = self.last_tokens(hidden, input_ids, attention_mask)
+        logits = self.score(hidden[rows, last])
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config)
+        out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+
+    def last_tokens(
+        self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The place of each row's last real token, (B,)."""
+        B, T, _ = hidden.shape
+        pad = self.config.pad_token_id
+        if attention_mask is not None:
+            real = attention_mask[:, -T:] != 0
+        elif pad is not None and input_ids is not None:
+            real = input_ids != pad
+        else:
+            expect(
+                B == 1 or pad is not None,
+                f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask",
+            )
+            real = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
+        return last_true(real)
+
+
+def last_true(flags: Tensor) -> Tensor:
+    """The last place of each row that is True, (B,) of (B, T); the last of all where none is."""
+    return flags.shape[1] - 1 - flags.long().flip(1).argmax(dim=1)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig) -> Tensor:
+    """Of regression, one label, or several at once: as config.problem_type says, or else as
+    num_labels and the labels' type suggest."""
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    elif kind is None and labels.is_floating_point():
+        kind = "multi_label_classification"
+    elif kind is None:
+        kind = "single_label_classification"
+    logits = logits.float()
+    if kind == "single_label_classification":
+        check_ids("labels", labels.masked_fill(labels == -100, 0), config.num_labels)
+        return F.cross_entropy(logits, labels.flatten().long())
+    shapes = [logits.shape]
+    if config.num_labels == 1:
+        shapes.append(logits.shape[:1])
+    expect_shape("labels", labels, *shapes)
+    labels = labels.view_as(logits).float()
+    if kind == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+# --- 10. Checkpoints -------------------------------------------------------------------------
+
+
+def expect(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+    fits = any(tuple(tensor.shape) == tuple(shape) for shape in shapes)
+    expect(fits, f"{name} of shape {tuple(tensor.shape)}: expected {tuple(shapes[0])}")
+
+
+def check_ids(name: str, ids: Tensor, size: int) -> None:
+    """ValueError for ids that are none; only on the CPU, as to look at them stalls a GPU."""
+    expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
+    if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in ids.aminmax())
+        expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
+
+
+def check_inputs(ids: Tensor | None, embeds: Tensor | None, config: OpenLlamaConfig) -> None:
+    expect((ids is None) != (embeds is None), "expected one of input_ids and inputs_embeds")
+    if ids is not None:
+        check_ids("input_ids", ids, config.vocab_size)
+        fits = ids.dim() == 2 and ids.numel() > 0
+        expect(fits, f"input_ids of shape {tuple(ids.shape)}: expected (B, T), not empty")
+    else:
+        C = config.hidden_size
+        fits = embeds.dim() == 3 and embeds.shape[2] == C and embeds.numel() > 0
+        shape = tuple(embeds.shape)
+        expect(fits, f"inputs_embeds of shape {shape}: expected (B, T, {C}), not empty")
+
+
+def check_labels(labels: Tensor, hidden: Tensor, vocab_size: int) -> None:
+    expect_shape("labels", labels, hidden.shape[:2])
+    check_ids("labels", labels.masked_fill(labels == -100, 0), vocab_size)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": F.tanh,
+    "sigmoid": F.sigmoid,
+}
+
+
+def check_config(config: OpenLlamaConfig) -> None:
+    """ValueError for a setting that no model can have. Those of a subclass are left to it."""
+    check_rope_scaling(config)
+    for field in fields(OpenLlamaConfig):
+        name, value, kind = field.name, getattr(config, field.name), type(field.default)
+        if name.endswith("_token_id"):
+            check_token_id(name, value)
+        elif kind is bool:
+            expect(type(value) is bool, f"{name}={value!r}: expected true or false")
+        elif kind in (int, float):
+            check_number(name, value, kind)
+    V, C = config.vocab_size, config.hidden_size
+    H, pad = config.num_attention_heads, config.pad_token_id
+    D = C // H
+    expect(C % H == 0, f"hidden_size={C} is not divisible by num_attention_heads={H}")
+    expect(
+        D % 2 == 0,
+        f"hidden_size={C} / num_attention_heads={H}: expected an even head size, not {D}",
+    )
+    expect(
+        pad is None or pad in range(V),
+        f"pad_token_id={pad!r}: expected None or an id below vocab_size={V}",
+    )
+    act = config.hidden_act
+    expect(
+        callable(act) or act in list(ACTIVATIONS),
+        f"hidden_act={act!r}: expected a function or one of {list(ACTIVATIONS)}",
+    )
+    problems = ("regression", "single_label_classification", "multi_label_classification")
+    expect(
+        config.problem_type is None or config.problem_type in problems,
+        f"problem_type={config.problem_type!r}: expected None or one of {problems}",
+    )
+
+
+def check_number(name: str, value: object, kind: type) -> None:
+    number = type(value) in (int, kind)  # not a bool, which is an int, too
+    if name in ("hidden_dropout_prob", "attention_dropout_prob"):
+        expect(number and 0 <= value < 1, f"{name}={value!r}: expected {kind.__name__} in [0, 1)")
+    else:
+        ok = number and 0 < value < math.inf
+        expect(ok, f"{name}={value!r}: expected {kind.__name__} above 0")
+
+
+def check_token_id(name: str, value: object) -> None:
+    ids = value
+    if not isinstance(value, list):
+        ids = [value]
+    for token in ids:
+        ok = token is None or type(token) is int
+        expect(ok, f"{name}={value!r}: expected a token's id or None")
+
+
+def check_rope_scaling(config: OpenLlamaConfig) -> None:
+    """Bring rope_scaling into one form: None, or a type of ROTARY_EMBEDDINGS and its settings."""
+    given = config.rope_scaling
+    if given is None:
+        return
+    expect(isinstance(given, dict), f"rope_scaling={given!r}: expected a dict of type and factor")
+    rope = {key: value for key, value in given.items() if value is not None}
+    config.rope_theta = rope.pop("rope_theta", config.rope_theta)
+    kind = rope.pop("type", None)
+    kind = rope.pop("rope_type", kind)
+    if kind == "default":
+        rope.pop("factor", None)
+    kinds = [name for name in ROTARY_EMBEDDINGS if name != "default"]
+    expected = f"rope_scaling={given}: expected type {' or '.join(kinds)} and factor > 1, no more"
+    expect(kind in ["default", *kinds], expected)
+    expect(rope.keys() == set(ROTARY_EMBEDDINGS[kind].settings), expected)
+    for value in rope.values():
+        expect(type(value) in (int, float) and value > 0, expected)
+    expect(rope.get("factor", 2.0) > 1, expected)
+    config.rope_scaling = None
+    if kind != "default":
+        numbers = {name: float(value) for name, value in rope.items()}
+        config.rope_scaling = {"type": kind, **numbers}
+
+
+LIBRARY_KEYS = {  # what transformers writes into config.json besides the model
+    *("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
+    *("tokenizer_class", "sep_token_id", "label2id", "finetuning_task", "pretraining_tp"),
+    *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p"),
+    *("num_beams", "num_beam_groups", "early_stopping", "length_penalty", "repetition_penalty"),
+    *("no_repeat_ngram_size", "num_return_sequences", "return_dict_in_generate"),
+}
+
+
+def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfig:
+    """Read the contents of a config.json, in any spelling that transformers has used.
+
+    ValueError for a key that may change the model: it is not a field, not of the library, not off
+    (null, false, 0, empty), and does not say what is so anyway.
+    """
+    values = {key.replace("memorry", "memory"): value for key, value in values.items()}  # sic
+    kind = values.pop("model_type", "open-llama")  # converting others: convert_checkpoint.py
+    expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
+    rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
+    if rope_parameters:
+        values["rope_scaling"] = rope_parameters
+    labels = values.pop("id2label", None)
+    if labels:
+        values["num_labels"] = len(labels)
+    own = {field.name for field in fields(cls)}
+    config = cls(**{key: value for key, value in values.items() if key in own})
+    so_anyway = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
+    for key in values.keys() - own - LIBRARY_KEYS:
+        value = values[key]
+        harmless = key.startswith("_") or not value or value == so_anyway.get(key)
+        expect(harmless, f"{key}={value!r} is a setting that Open-Llama does not have")
+    return config
+
 
 def read_json(path: Path) -> dict:
     try:
@@ -147,584 +1259,623 @@ def read_json(path: Path) -> dict:
     expect(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object")
     return value
 
-@dataclass(eq=False)
-class ModelOutput:
-    """What a model returns. Indexed or unpacked, it is the tuple of its fields that are not None."""
-    loss: Tensor | None = None
-    logits: Tensor | None = None  # (B, T, V), or (B, num_labels) from the classifier
-    last_hidden_state: Tensor | None = None  # (B, T, C), after the final norm; from the bare decoder
-    past_key_values: "KVCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None  # the embedding, then one per layer; the last is last_hidden_state
-    attentions: tuple[Tensor, ...] | None = None  # one (B, H, T, S) per layer
 
-    def to_tuple(self) -> tuple:
-        return tuple(value for field in fields(self) if (value := getattr(self, field.name)) is not None)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is whole."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __getitem__(self, key):
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
-class KVCache:
-    """Keys and values of the tokens seen so far: the only state that outlives a forward, which extends it in place.
-    `cache[layer]` is (key, value), each (B, H, length, D), as in the document's tuple of tuples `past`, which is only
-    read. Under dynamic scaling keys are kept before rotation, as their base changes with the length. The buffers hold
-    `capacity` positions and double when full; where autograd records, tensors are concatenated instead."""
-    def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = (), capacity: int = 0):
-        self.keys, self.values = [key for key, _ in past], [value for _, value in past]
-        shapes = {tuple(tensor.shape) for tensor in self.keys + self.values}
-        expect(len(shapes) <= 1, f"past_key_values of shapes {sorted(shapes)}: expected one, (B, H, S, D)")
-        self.length, self.capacity = self.keys[0].shape[2] if self.keys else 0, capacity
-        self.documents = self.positions = None  # (B, length), None: all 1; (B|1, length), None: counted
+def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
+    act = config.hidden_act
+    expect(not callable(act), f"hidden_act={act}: config.json holds a name, not a function")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict() | more, indent=2)
+    with replacing(folder / "config.json") as path:
+        path.write_text(text + "\n", encoding="utf-8")
 
-    def __len__(self) -> int:
-        return len(self.keys)
 
-    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+def save_model(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
+    from safetensors.torch import save_file
 
-    def place(self, T: int) -> tuple[slice | Tensor, int]:
-        """Where T new tokens go, and S, the number of positions that attention then reads."""
-        end, fixed = self.length + T, isinstance(self.length, Tensor)
-        return (self.length, self.keys[0].shape[2]) if fixed else (slice(self.length, end), end)
+    prefix = checkpoint_prefix(type(model))
+    tensors = {prefix + name: x.contiguous() for name, x in model.state_dict().items()}
+    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder, architectures=[type(model).__name__], torch_dtype=dtype)
+    with replacing(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
 
-    def fix(self) -> None:
-        """Hold `capacity` positions, the unwritten as padding, and count in a tensor: a step then changes no shape."""
-        ones = self.keys[0].new_ones(1, self.length, dtype=torch.long)
-        self.documents = F.pad(ones if self.documents is None else self.documents, (0, self.capacity - self.length))
-        self.length = ones.new_tensor([self.length])
-        for tensor in (*self.keys, *self.values, self.documents, self.length):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may then write to it
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, T, H, D) behind the first `length` ones, which the model counts; return all, (B, S, H, D)."""
-        new, S = self.place(T := k.shape[1])
-        for buffers, x in ((self.keys, k.transpose(1, 2)), (self.values, v.transpose(1, 2))):  # (B, H, T, D)
-            buffer = buffers[layer] if S > T else x[:, :, :0]
-            if torch.is_grad_enabled():
-                buffer = torch.cat((buffer[:, :, : S - T], x), dim=2) if S > T else x
-            else:
-                if S > buffer.shape[2]:
-                    buffer = F.pad(buffer[:, :, : S - T], (0, 0, 0, max(S, 2 * (S - T), self.capacity) - S + T))
-                buffer[:, :, new] = x
-            buffers[layer : layer + 1] = [buffer]  # replaced, or appended in the first forward
-        return self.keys[layer][:, :, :S].transpose(1, 2), self.values[layer][:, :, :S].transpose(1, 2)
+def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:
+    """A checkpoint names the tensors of the bare decoder as a model with a head does."""
+    if issubclass(cls, OpenLlamaModel):
+        return "model."
+    return ""
 
-def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # what torch.compile calls, too
 
-def onednn_grads(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight = ctx.saved_tensors
-    return onednn_linear(grad, weight.T), onednn_linear(grad.T, x.T)
+def load_model(
+    cls: type[OpenLlamaPreTrainedModel], folder: Path, dtype: torch.dtype | None, device: Device
+) -> OpenLlamaPreTrainedModel:
+    config = cls.config_class.from_pretrained(folder)
+    tensors = read_safetensors(folder)
+    if not any(name.startswith("model.") for name in tensors):  # a bare model of transformers
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    with torch.device("meta"):  # shapes without memory
+        model = cls(config)
+    tensors = {
+        name.removeprefix(checkpoint_prefix(cls)): tensor
+        for name, tensor in tensors.items()
+        if name.split(".")[0] not in cls.ignores
+        and not name.endswith("rotary_emb.inv_freq")  # computed, though old files hold it
+    }
+    for name in cls.may_lack:
+        if not any(key.startswith(f"{name}.") for key in tensors):
+            warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
+            tensors |= initialised(model, name)
+    check_tensors(tensors, model.state_dict(), folder)
+    if dtype is None:
+        dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()])
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
-onednn_linear = torch.library.custom_op("openllama::linear", onednn_product, mutates_args=())
-onednn_linear.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
-onednn_linear.register_autograd(onednn_grads, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight', (..., C) to (..., len(weight)): PyTorch's product, but for two cases. Compiled, a single token's is
-    written as the sum that it is, which then runs at the speed of memory. And float32 on the CPU goes to oneDNN, not to
-    MKL, which on AMD has half the speed, and one thread for one token. Sharded or quantised weights are PyTorch's."""
-    recording, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    plain = type(weight) is nn.Parameter and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-    if plain and compiling and not recording and x.numel() == weight.shape[1]:
-        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    if plain and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        product = onednn_linear if recording or compiling else onednn_product
-        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]:
+    """Make a module of a model on meta real, and draw its weights: its tensors by their names."""
+    module = model.get_submodule(name).to_empty(device="cpu")
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    module.apply(model.init_weights)
+    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
 
-class Linear(nn.Linear):
-    forward = lambda self, x: linear(x, self.weight)
 
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x), computed in float32 and rounded before it is times the weight (https://arxiv.org/abs/1910.07467)."""
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    """ValueError that lists all tensors that are missing, left over, or of another shape."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    for name, tensor in found.items():
+        shape = tuple(tensor.shape)
+        if name not in wanted:
+            problems.append(f"{name} of shape {shape} is left over")
+        elif shape != tuple(wanted[name].shape):
+            problems.append(f"{name} has shape {shape}: expected {tuple(wanted[name].shape)}")
+    expect(not problems, f"{folder} does not fit its config.json: {'; '.join(problems)}")
 
-def rotary_embedding(config: OpenLlamaConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of positions (B|1, T), each (B|1, T, 1, D), in float32. RoPE: https://arxiv.org/abs/2104.09864.
-    Linear scaling: https://arxiv.org/abs/2306.15595. Dynamic NTK scaling, which depends on the length of each token's
-    document so far, lengths (B|1, T|1): https://arxiv.org/abs/2309.00071, appendix A."""
-    D, base, rope = config.head_dim, config.rope_theta, config.rope_scaling
-    if config.rope_is_dynamic:  # growth is 1, and the base plain, up to max_position_embeddings
-        growth = rope["factor"] * lengths.float() / config.max_position_embeddings - (rope["factor"] - 1)
-        base = (base * growth.clamp(min=1) ** (D / max(D - 2, 1)))[..., None]  # (B|1, T|1, 1)
-    elif rope is not None:
-        positions = positions / rope["factor"]
-    frequencies = 1.0 / base ** (torch.arange(0, D, 2, device=positions.device).float() / D)  # (..., D/2)
-    angles = positions.float()[..., None] * torch.cat((-frequencies, frequencies), dim=-1)  # (B|1, T, D)
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (a[n], b[n]) of each head, whose halves are a and b, by angles position * base ** (-2n / D):
-    (a, b) to (a cos - b sin, b cos + a sin). The minus is in sin."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None, eager: bool):
-    """softmax(q k' / sqrt(D)) v: as in the textbook, with the weights, if eager; else by PyTorch's SDPA.
-    mask: True where a query sees a key, broadcast to (B, H, T, S); None: causal, and T is S or 1."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D)
-    (*BHT, _), S = q.shape, k.shape[2]
-    if not eager and (q.is_cuda or not dropout_p):  # on the CPU, SDPA's dropout stores the weights
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=not (BHT[2] == 1 or mask is not None))
-        return out.transpose(1, 2), None
-    mask = torch.ones(BHT[2], S, dtype=torch.bool, device=q.device).tril(S - BHT[2]) if mask is None else mask
-    keep = torch.rand(*BHT, S, device=q.device, dtype=torch.float32) >= dropout_p if dropout_p else None
-    def textbook(q, k, v):
-        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)  # (B, H, T, S)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        return (weights if keep is None else weights * keep / (1 - dropout_p)) @ v, weights
-    out, weights = textbook(q, k, v) if eager else checkpoint(textbook, q, k, v, use_reentrant=False)
-    return out.transpose(1, 2), weights if eager else None
-
-def xformers_attention(documents: Tensor | None) -> Callable:
-    """xformers' attention, and all that this file knows of xformers. documents: (B, T), as attention_mask; None: all 1.
-    Padding is packed away: rows of 3 and 2 tokens, padded to 4, are one row of 5 under a block-diagonal causal bias."""
-    from xformers.ops import fmha, memory_efficient_attention
-    if documents is None:
-        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
-        return lambda q, k, v, dropout_p: (memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout_p), None)
-    tokens = documents.flatten().nonzero().squeeze(1)
-    rows = torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
-    _, lengths = torch.unique_consecutive((documents + rows).flatten()[tokens], return_counts=True)
-    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
-    def attend(q, k, v, dropout_p):
-        packed = (x.flatten(0, 1)[None, tokens] for x in (q, k, v))  # (1, all real tokens, H, D)
-        out = memory_efficient_attention(*packed, attn_bias=bias, p=dropout_p)
-        return torch.zeros_like(q).flatten(0, 1).index_copy(0, tokens, out[0]).view(q.shape), None
-    return attend
-
-def choose_attention(eager: bool, x: Tensor, documents: Tensor | None, new: slice | Tensor, S: int) -> Callable:
-    """One forward's attention: a function of q (B, T, H, D), k and v (B, S, H, D) and dropout_p, to output and weights.
-    Eager if asked for; else xformers for half precision on CUDA, where it is installed and takes the case; else SDPA.
-    A query sees its document up to itself: documents (B|1, S) as in attention_mask, where padding, 0, counts as one
-    more (a softmax over nothing is NaN); None: one for all. new: where the queries stand among the keys."""
-    T = x.shape[1]
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if not eager and x.is_cuda and dtype in (torch.float16, torch.bfloat16) and (documents is None or T == S):
-        with contextlib.suppress(ImportError):
-            return xformers_attention(documents)
-    if not eager and documents is None and T in (1, S):
-        return partial(attention, mask=None, eager=False)
-    position = torch.arange(S, device=x.device)
-    mask = (position <= position[new, None])[None]  # (1, T, S)
-    if documents is not None:
-        mask = mask & (documents[:, None] == documents[:, new, None])
-    return partial(attention, mask=mask[:, None], eager=eager)
-
-class OpenLlamaAttention(nn.Module):
-    def __init__(self, config: OpenLlamaConfig, layer: int):
-        super().__init__()
-        self.config, self.layer = config, layer
-        square = lambda: Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = square(), square(), square(), square()
-
-    def forward(self, x: Tensor, turn_q: tuple, turn_k: tuple, attend: Callable, cache: KVCache | None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(q, *turn_q)  # (B, T, H, D)
-        k = k if self.config.rope_is_dynamic else rotate(k, *turn_k)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, S, H, D)
-        k = rotate(k, *turn_k) if self.config.rope_is_dynamic else k
-        out, weights = attend(q, k, v, self.config.attention_dropout_prob if self.training else 0.0)
-        return self.o_proj(out.reshape(B, T, -1)), weights
-
-class OpenLlamaMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), which is SwiGLU where act is SiLU (https://arxiv.org/abs/2002.05202)."""
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = config.hidden_act if callable(config.hidden_act) else ACTIVATIONS[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)))
-
-class OpenLlamaDecoderLayer(nn.Module):
-    def __init__(self, config: OpenLlamaConfig, layer: int):
-        super().__init__()
-        self.self_attn, self.mlp = OpenLlamaAttention(config, layer), OpenLlamaMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, turn_q: tuple, turn_k: tuple, attend: Callable, cache: KVCache | None):
-        out, weights = self.self_attn(self.input_layernorm(x), turn_q, turn_k, attend, cache)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), weights
-
-class OpenLlamaPreTrainedModel(nn.Module):
-    """What the three models share: initialisation, checkpoints, and a few accessors."""
-    decoder = property(lambda self: getattr(self, "model", self))
-
-    def init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding | nn.Linear) and not module.weight.is_meta:
-            xavier = isinstance(module, nn.Embedding) and self.config.use_stable_embedding
-            std = math.sqrt(2 / sum(module.weight.shape)) if xavier else self.config.initializer_range
-            nn.init.normal_(module.weight, std=std)
-            if getattr(module, "padding_idx", None) is not None:
-                nn.init.zeros_(module.weight[module.padding_idx])
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """In training, recompute each layer in the backward rather than keep its activations, and return no cache."""
-        self.decoder.gradient_checkpointing = enable
-
-    gradient_checkpointing_disable = partialmethod(gradient_checkpointing_enable, False)
-
-    def resize_token_embeddings(self, size: int) -> nn.Embedding:
-        """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
-        embedding, pad = self.get_input_embeddings(), self.config.pad_token_id
-        expect(size > (pad or 0), f"size={size}: expected more than 0 and than pad_token_id={pad}")
-        for module in [embedding, self.lm_head] if hasattr(self, "lm_head") else [embedding]:
-            old = module.weight
-            module.weight = nn.Parameter(old.new_empty(size, old.shape[1]), requires_grad=old.requires_grad)
-            self.init_weights(module)
-            module.weight.data[: len(old)] = old.data[:size]
-            setattr(module, "num_embeddings" if module is embedding else "out_features", size)
-        self.config.vocab_size = size
-        return embedding
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype | None = None, device=None):
-        """Load a folder of config.json and model.safetensors, or shards and their index, in evaluation mode.
-        Weights are mapped from the files, copied only where dtype (None: as stored) or device (None: CPU) ask for it.
-        ValueError names all tensors that are missing, left over or misshaped. Only a classifier's head may be missing,
-        as it is from a language model's checkpoint: it is initialised, with a warning."""
-        config, tensors = OpenLlamaConfig.from_pretrained(folder), read_safetensors(Path(folder))
-        with torch.device("meta"):
-            model = cls(config)
-        root = model if model.decoder is not model else nn.ModuleDict({"model": model})  # has a checkpoint's names
-        own, inv_freq = root.state_dict(), "rotary_emb.inv_freq"  # computed, though old checkpoints hold it
-        heads = () if isinstance(model, OpenLlamaForCausalLM) else {"lm_head.weight", "score.weight"} - own.keys()
-        prefix = "" if any(name.startswith("model.") for name in tensors) else "model."  # a bare model of transformers
-        tensors = {prefix + name: x for name, x in tensors.items() if name not in heads and not name.endswith(inv_freq)}
-        if "score.weight" in own.keys() - tensors.keys():
-            warnings.warn(f"{folder} has no score.weight: the classifier's head starts untrained", stacklevel=2)
-            tensors["score.weight"] = torch.empty(own["score.weight"].shape).normal_(std=config.initializer_range)
-        dtype = dtype or reduce(torch.promote_types, [x.dtype for x in tensors.values()] or [torch.float32])
-        try:
-            root.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} does not fit its config.json: {error}") from None
-        return model.eval()
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `folder`/config.json and then model.safetensors, each of which is replaced once it is whole."""
-        from safetensors.torch import save_file
-        path, prefix = Path(folder) / "model.safetensors", "model." if self.decoder is self else ""
-        tensors = {prefix + name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        dtype = str(tensors["model.norm.weight"].dtype)[len("torch.") :]
-        self.config.save_pretrained(folder, architectures=[type(self).__name__], torch_dtype=dtype)
-        save_file(tensors, path.with_suffix(f".{os.getpid()}"), metadata={"format": "pt"})
-        path.with_suffix(f".{os.getpid()}").replace(path)
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name, mapped from its files. ValueError names a file that is broken."""
+    """All tensors of a checkpoint, by name, mapped from its files. ValueError for a broken one."""
     from safetensors import SafetensorError, safe_open
-    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        files = {str(file) for file in dict(read_json(index).get("weight_map") or {}).values()}
+        weight_map = read_json(index).get("weight_map") or {}
+        files = {str(file) for file in weight_map.values()}
     tensors = {}
     for file in sorted(files):
-        expect(Path(file).name == file, f"{index}: {file!r} is not the name of a file beside it")
+        beside = Path(file).name == file
+        expect(beside, f"{index}: {file!r} is not the name of a file beside it")
         try:
             with safe_open(folder / file, framework="pt") as shard:
-                tensors |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+                tensors |= {name: shard.get_tensor(name) for name in list(shard.keys())}
         except SafetensorError as error:
-            raise ValueError(f"{folder / file} is not a whole safetensors file: {error}") from None
+            message = f"{folder / file} is not a whole safetensors file: {error}"
+            raise ValueError(message) from None
     return tensors
 
-class OpenLlamaModel(OpenLlamaPreTrainedModel):
-    """The decoder: embedding, layers, final norm."""
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__()
-        self.config, self.gradient_checkpointing = config, False
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # to be initialised once, below
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=config.pad_token_id)
-        self.embed_layer_norm = nn.LayerNorm(config.hidden_size) if config.use_stable_embedding else nn.Identity()
-        self.layers = nn.ModuleList(OpenLlamaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.apply(self.init_weights)
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
-    ) -> ModelOutput | tuple:  # fmt: skip
-        """Run the decoder. The last four arguments, where None, are the config's.
-        input_ids (B, T) or inputs_embeds (B, T, C), which pass by the stable embedding's norm.
-        attention_mask (B, S): 0 for padding, on any side, else 1, cached tokens included; None: new tokens are real.
-        Documents packed into a row are numbered 1, 2, ...: they do not see each other, and give what they would alone.
-        position_ids (B|1, T); None: each document's tokens are counted.
-        past_key_values: a KVCache, which is extended, or (key, value) per layer, each (B, H, S - T, D)."""
-        config = self.config
-        recompute = self.gradient_checkpointing and self.training and past_key_values is None
-        use_cache = (config.use_cache if use_cache is None else use_cache) and not recompute
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        expect((input_ids is None) != (inputs_embeds is None), "expected one of input_ids and inputs_embeds")
-        if (x := inputs_embeds) is None:
-            check_ids("input_ids", input_ids, config.vocab_size)
-            x = self.embed_layer_norm(self.embed_tokens(input_ids))
-        fits = x.dim() == 3 and x.numel() > 0 and x.shape[2] == config.hidden_size
-        expect(fits, f"input of shape {tuple(x.shape)}, embedded: expected (B, T, {config.hidden_size}), not empty")
-        B, T, _ = x.shape
-        cache = past_key_values if isinstance(past_key_values, KVCache) else KVCache(past_key_values or ())
-        new, S = cache.place(T)
-        if S > T:
-            expect(len(cache) == len(self.layers), f"past_key_values: {len(cache)} layers, expected {len(self.layers)}")
-            expect_shape("past_key_values", cache.keys[0][:, 0, : S - T], (B, S - T, config.head_dim))
-        documents, positions, lengths = locate_tokens(attention_mask, position_ids, cache, B, T, x.device)
-        turning = positions if config.rope_is_dynamic else positions[:, new]  # else, cached keys are rotated already
-        turn_k = [part.to(x.dtype) for part in rotary_embedding(config, turning, lengths)]
-        turn_q = [part[:, new] for part in turn_k] if config.rope_is_dynamic else turn_k
-        eager = output_attentions or not config.use_memory_efficient_attention
-        context = (turn_q, turn_k, choose_attention(eager, x, documents, new, S), cache if use_cache or S > T else None)
-        hidden_states, attentions = [], []
-        for layer in self.layers:
-            hidden_states += [x] if output_hidden_states else []
-            x, weights = checkpoint(layer, x, *context, use_reentrant=False) if recompute else layer(x, *context)
-            attentions += [weights] if output_attentions else []
-        x = self.norm(x)
-        if use_cache:
-            cache.positions = None if cache.positions is None and position_ids is None else positions
-            cache.documents = documents
-            cache.length += T
-        hidden_states = (*hidden_states, x) if output_hidden_states else None
-        out = ModelOutput(None, None, x, cache if use_cache else None, hidden_states, tuple(attentions) or None)
-        return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+def resize_vocabulary(model: OpenLlamaPreTrainedModel, size: int) -> nn.Embedding:
+    embedding = model.get_input_embeddings()
+    pad = model.config.pad_token_id
+    least = (pad or 0) + 1
+    expect(size >= least, f"size={size}: expected {least} or more, as pad_token_id={pad}")
+    resize_rows(model, embedding, size)
+    embedding.num_embeddings = size
+    if hasattr(model, "lm_head"):
+        resize_rows(model, model.lm_head, size)
+        model.lm_head.out_features = size
+    model.config.vocab_size = size
+    return embedding
 
-def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """ValueError for ids that are none; their range only on the CPU, where looking at it does not stall a device."""
-    expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in ids.aminmax())
-        expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
 
-def locate_tokens(attention_mask, position_ids, cache: KVCache, B: int, T: int, device):
-    """The document of each token, (B|1, S), or None: all are 1; where it stands there, (B|1, S); how many tokens the
-    document has, (B|1, S|1)."""
-    (new, S), documents = cache.place(T), cache.documents
-    if attention_mask is not None:
-        expect_shape("attention_mask", attention_mask, (B, S))
-        plain = not torch.compiler.is_compiling() and attention_mask.eq(1).all()
-        documents = None if plain else attention_mask.long()
-    elif documents is not None:
-        last = documents.amax(1, keepdim=True)
-        documents = documents if documents.shape[1] == S else F.pad(documents, (0, T))
-        documents[:, new] = last
-    if documents is None:
-        positions, lengths = torch.arange(S, device=device)[None], torch.full((1, 1), S, device=device)
-    else:
-        real, number = documents > 0, documents.cummax(1).values
-        begins = number > F.pad(number[:, :-1], (1, 0))
-        count, order = real.cumsum(1), begins.cumsum(1)  # order: of the documents, 1, 2, ...
-        positions = (count - count.where(begins, 1).cummax(1).values).clamp(min=0)
-        lengths = torch.zeros(len(order), S + 1, device=device).scatter_add(1, order, real.float()).gather(1, order)
-    if position_ids is not None or cache.positions is not None:
-        old = positions[:, : S - T] if cache.positions is None else cache.positions
-        late = positions[:, S - T :] if position_ids is None else position_ids
-        expect_shape("position_ids", late, (B, T), (1, T))
-        rows = max(len(old), len(late))
-        positions = torch.cat((old.expand(rows, -1), late.expand(rows, -1)), dim=1)
-    return documents, positions, lengths
+def resize_rows(model: OpenLlamaPreTrainedModel, module: nn.Module, size: int) -> None:
+    old = module.weight
+    new = old.new_empty(size, old.shape[1])
+    module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+    model.init_weights(module)
+    module.weight.data[: len(old)] = old.data[:size]
 
-class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
-    """The decoder and a head, which turns hidden states into logits and compares them with labels."""
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__()
-        self.config, self.model = config, OpenLlamaModel(config)
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, **head,
-    ) -> ModelOutput | tuple:  # fmt: skip
-        """Logits, and the loss where there are labels. `head`: that method's arguments; others: OpenLlamaModel's."""
-        decoder_args = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out = self.model(*decoder_args, use_cache, output_attentions, output_hidden_states, return_dict=True)
-        hidden, out.last_hidden_state = out.last_hidden_state, None
-        mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
-        out.loss, out.logits = self.head(hidden, labels, input_ids, mask, **head)
-        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+# --- 11. Sampling ----------------------------------------------------------------------------
 
-class OpenLlamaForCausalLM(OpenLlamaWithHead):
-    """The language model. Its output matrix is the embedding, where that is shared or tied, else `lm_head`."""
-    output_weight = property(lambda self: getattr(self, "lm_head", self.model.embed_tokens).weight)  # (V, C)
 
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__(config)
-        if not (config.shared_input_output_embedding or config.tie_word_embeddings):
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.init_weights(self.lm_head)
+@dataclass
+class Sampling:
+    """How a text goes on: the settings of OpenLlamaForCausalLM.generate, which explains them.
 
-    def head(self, hidden: Tensor, labels: Tensor | None, _, attention_mask: Tensor | None, logits_to_keep=0):
-        """Loss and logits. The loss is the mean cross-entropy of labels[:, 1:], (B, T), under logits[:, :-1], leaving
-        out -100 and the first token of documents 2, 3, ...
-        logits_to_keep: 0: all; n: of the last n tokens; a tensor: of these positions, (K,) or (B, K); None: none.
-        Unless all are kept, the loss is computed 256 tokens at a time, and never are all logits in memory."""
-        (B, T, _), weight, loss, logits = hidden.shape, self.output_weight, None, None
-        if isinstance(logits_to_keep, Tensor):
-            logits = linear(hidden[torch.arange(B, device=hidden.device)[:, None], logits_to_keep], weight)
-        elif logits_to_keep is not None:
-            logits = linear(hidden[:, -logits_to_keep:], weight)
-        if labels is not None:
-            expect_shape("labels", labels, (B, T))
-            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
-            targets = F.pad(labels[:, 1:].long(), (0, 1), value=-100)  # the last token has none
-            if attention_mask is not None:
-                begins = (attention_mask[:, 1:] != attention_mask[:, :-1]) & (attention_mask[:, 1:] > 1)
-                targets = targets.masked_fill(F.pad(begins, (0, 1)), -100)
-            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), logits
-            part = lambda h, y: F.cross_entropy(linear(h, weight).float(), y, reduction="sum")
-            chunks = zip(hidden.flatten(0, 1).split(256), targets.flatten().split(256), strict=True)
-            loss = sum(checkpoint(part, h, y, use_reentrant=False) for h, y in chunks) / targets.ne(-100).sum()
-        return loss, logits
+    The command line has an option for each number here. For a filter of your own, subclass this
+    as a dataclass, with its settings as fields, and extend `filter`. ValueError for bad values.
+    """
 
-    def next_scores(self, ids: Tensor, mask: Tensor | None, cache: KVCache, last: Tensor | int) -> Tensor:
-        """Logits of the tokens behind each row's position `last`, (B, 1), or the last: (B, V), in float32."""
-        out = self(ids, mask, None, cache, None, None, True, False, False, True, logits_to_keep=last)
-        return out.logits[:, -1].float()
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    eos_token_id: int | list[int] | Literal["config"] | None = "config"
+    pad_token_id: int | Literal["config"] | None = "config"
+    generator: torch.Generator | None = None
+    compile: bool = False
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
-        """Continue each row of input_ids (B, T): returns (B, T + new). Arguments and errors are those of `stream`."""
-        return torch.cat([input_ids, *(ids[:, None] for ids in self.stream(input_ids, attention_mask, **sampling))], 1)
-
-    @torch.no_grad()
-    def stream(
-        self, input_ids, attention_mask=None, *, max_new_tokens=None, max_length=None, do_sample=False, temperature=1.0,
-        top_k=None, top_p=None, repetition_penalty=1.0, eos_token_id="config", pad_token_id="config", generator=None,
-        compile=False,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """Yield the next token of each row, (B,), step by step, until all have ended. ValueError for bad arguments.
-        attention_mask (B, T): 0 for padding, left or right; each row gives what it would give alone.
-        max_new_tokens: default: up to max_length, prompt included; that defaults to max_position_embeddings.
-        do_sample: draw by `generator` at a temperature (0: greedy) from the top_k and top_p; else take the likeliest.
-        repetition_penalty: above 1, what a row already holds gets less likely (https://arxiv.org/abs/1909.05858).
-        eos_token_id: ends a row, which then yields pad_token_id; one, several, or None: never.
-        compile: compile the step from one token to the next, which takes about 15 seconds the first time."""
-        expect(input_ids.dim() == 2 and input_ids.numel(), f"empty prompt, or no (B, T): {tuple(input_ids.shape)}")
-        check_ids("input_ids", input_ids.cpu(), self.config.vocab_size)
-        B, T = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        expect_shape("attention_mask", mask, (B, T))
-        real = (mask.eq(mask.amax(1, keepdim=True)) & mask.ne(0)).long()  # the row's last document
-        expect(real.any(1).all(), "empty prompt: attention_mask has a row without a real token")
-        if max_new_tokens is None:
-            max_new_tokens = (self.config.max_position_embeddings if max_length is None else max_length) - T
-        expect(max_new_tokens > 0, f"{max_new_tokens=} behind {T} ({max_length=}): expected at least 1")
-        expect(temperature == 0 or temperature > 1e-6, f"temperature={temperature}: expected 0 or above 1e-6")
+    def __post_init__(self):
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        penalty = self.repetition_penalty
+        expect(
+            temperature == 0 or temperature > 1e-6,
+            f"temperature={temperature}: expected 0 or above 1e-6",
+        )
         expect(top_k is None or top_k >= 0, f"top_k={top_k}: expected at least 0, or None")
-        expect(top_p is None or 0 < top_p <= 1, f"top_p={top_p}: expected a probability in (0, 1]")
-        expect(repetition_penalty > 0, f"repetition_penalty={repetition_penalty}: expected more than 0")
-        eos = self.config.eos_token_id if eos_token_id == "config" else eos_token_id
-        eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=input_ids.device).flatten()
-        pad = self.config.pad_token_id if pad_token_id == "config" else pad_token_id
-        pad = pad if pad is not None else eos[0] if len(eos) else 0
-        expect(0 <= pad < self.config.vocab_size, f"pad_token_id={pad}: expected 0 to {self.config.vocab_size - 1}")
-        seen = real.new_zeros(B, self.config.vocab_size)  # how often a row holds each token
-        cache, done = KVCache(capacity=T + max_new_tokens), torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-        step, ids, last = OpenLlamaForCausalLM.next_scores, input_ids, T - 1 - real.flip(1).argmax(1, keepdim=True)
-        for n in range(max_new_tokens):
-            if compile and n == 1:
-                step, _ = compiled_step(), cache.fix()
-            scores = step(self, ids, mask, cache, last)
-            if repetition_penalty != 1:
-                seen.scatter_add_(1, ids.long(), real)
-                penalised = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-                scores = torch.where(seen > 0, penalised, scores)
-            if do_sample and temperature > 0:
-                probabilities = filter_scores(scores / temperature, top_k, top_p).softmax(-1)
-                token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-            else:
-                token = scores.argmax(-1)
-            if len(eos):
-                token = torch.where(done, pad, token)
-                done |= torch.isin(token, eos)
-            yield token
-            if len(eos) and done.all():
-                return
-            ids, real, mask, last = token[:, None], real.new_ones(B, 1), None, 1  # the cache knows of padding
+        expect(
+            top_p is None or 0 < top_p <= 1,
+            f"top_p={top_p}: expected a probability in (0, 1]",
+        )
+        expect(penalty > 0, f"repetition_penalty={penalty}: expected more than 0")
+
+    def length(self, T: int, config: OpenLlamaConfig) -> int:
+        """How many tokens to make, at the most, behind a prompt of T."""
+        count = self.max_new_tokens
+        if count is None:
+            longest = self.max_length
+            if longest is None:
+                longest = config.max_position_embeddings
+            count = longest - T
+        expect(
+            count > 0,
+            f"max_new_tokens={count} behind {T} (max_length={self.max_length}): expected 1 or more",
+        )
+        return count
+
+    def ends(self, config: OpenLlamaConfig) -> list[int]:
+        """The tokens that end a row."""
+        eos = self.eos_token_id
+        if eos == "config":
+            eos = config.eos_token_id
+        if eos is None:
+            return []
+        if isinstance(eos, int):
+            return [eos]
+        return list(eos)
+
+    def padding(self, config: OpenLlamaConfig) -> int:
+        """What follows the end of a row: pad_token_id, or else an end, or else 0."""
+        pad = self.pad_token_id
+        if pad == "config":
+            pad = config.pad_token_id
+        if pad is None:
+            pad = [*self.ends(config), 0][0]
+        expect(
+            0 <= pad < config.vocab_size,
+            f"pad_token_id={pad}: expected 0 to {config.vocab_size - 1}",
+        )
+        return pad
+
+    def choose(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """The next token of each row, (B,), from scores (B, V). seen: (B, V), True if it was."""
+        if self.repetition_penalty != 1:  # https://arxiv.org/abs/1909.05858
+            penalty = self.repetition_penalty
+            penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(seen, penalised, scores)
+        if not self.do_sample or self.temperature == 0:
+            return scores.argmax(dim=-1)
+        scores = self.filter(scores / self.temperature)
+        probabilities = scores.softmax(dim=-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+    def filter(self, scores: Tensor) -> Tensor:
+        """scores (B, V), with -inf for what is not to be drawn."""
+        if self.top_k:
+            k = min(self.top_k, scores.shape[-1])
+            kth = scores.topk(k).values[:, -1:]
+            scores = scores.masked_fill(scores < kth, -math.inf)
+        if self.top_p is not None and self.top_p < 1:
+            scores = scores.masked_fill(outside_nucleus(scores, self.top_p), -math.inf)
+        return scores
+
+
+def outside_nucleus(scores: Tensor, p: float) -> Tensor:
+    """Which tokens are not of the nucleus: the fewest likeliest whose probabilities reach p
+    (https://arxiv.org/abs/1904.09751). True in (B, V).
+
+    Of the probabilities 0.2, 0.5, 0.3 the last two reach 0.6. Seen from the other end: in
+    ascending order the sums are 0.2, 0.5, 1.0, and what stays within 1 - p = 0.4 is left out.
+
+    >>> outside_nucleus(torch.tensor([[0.2, 0.5, 0.3]]).log(), 0.6)
+    tensor([[ True, False, False]])
+    """
+    ascending, order = scores.sort(dim=-1)
+    sums = ascending.softmax(dim=-1).cumsum(dim=-1)
+    outside = sums <= 1 - p
+    outside[:, -1] = False  # at least one stays
+    return outside.scatter(1, order, outside)  # back in the vocabulary's order
+
+
+class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
+    """The language model, and sampling from it."""
+
+    def generate(
+        self,
+        input_ids: Tensor | list,
+        attention_mask: Tensor | list | None = None,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | list[int] | Literal["config"] | None = "config",
+        pad_token_id: int | Literal["config"] | None = "config",
+        generator: torch.Generator | None = None,
+        compile: bool = False,
+    ) -> Tensor:
+        """Continue each row of input_ids (B, T), or the one row (T,): returns (B, T + new).
+
+        attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
+        sampling: all settings that follow in one object, in place of them; see Sampling.
+        max_new_tokens: None: as many as make max_length, prompt included; if that is None too,
+          max_position_embeddings.
+        do_sample: draw the next token; else take the likeliest, whatever the next three say.
+        temperature: scores are divided by it; 0: take the likeliest.
+        top_k, top_p: draw from the k likeliest, and of these from the fewest that reach p.
+        repetition_penalty: above 1, what a row already holds gets less likely.
+        eos_token_id: ends a row, which then goes on with pad_token_id; one, several, None: never.
+        generator: draws the tokens; None: torch's own.
+        compile: compile the step from token to token, which takes 15 seconds the first time.
+        """
+        if sampling is None:
+            sampling = Sampling(
+                max_new_tokens=max_new_tokens,
+                max_length=max_length,
+                do_sample=do_sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=eos_token_id,
+                pad_token_id=pad_token_id,
+                generator=generator,
+                compile=compile,
+            )
+        input_ids = as_rows("input_ids", input_ids, self.output_weight.device)
+        new = list(self.stream(input_ids, attention_mask, sampling))
+        return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor | list,
+        attention_mask: Tensor | list | None = None,
+        sampling: Sampling | None = None,
+        **settings: object,
+    ) -> Iterator[Tensor]:
+        """What `generate` appends, step by step: the next token of each row, (B,)."""
+        if sampling is None:
+            sampling = Sampling(**settings)
+        return stream_tokens(self, input_ids, attention_mask, sampling)
+
+
+def as_rows(name: str, ids: Tensor | list, device: torch.device) -> Tensor:
+    """Ids or a mask as (B, T): (T,), or a list of numbers, is one row."""
+    try:
+        rows = torch.as_tensor(ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = f"{name}: expected ids, one row or several of one length, not {ids!r:.60}"
+        raise ValueError(message) from error
+    if rows.dim() == 1:
+        rows = rows[None]
+    shape = tuple(rows.shape)
+    expect(rows.dim() == 2, f"{name} of shape {shape}: expected (B, T), or (T,) for one row")
+    return rows
+
+
+def stream_tokens(
+    model: OpenLlamaForCausalLM,
+    input_ids: Tensor | list,
+    attention_mask: Tensor | list | None,
+    sampling: Sampling,
+) -> Iterator[Tensor]:
+    """The next token of each row, (B,), step by step, until all rows have ended."""
+    config = model.config
+    ids = as_rows("input_ids", input_ids, model.output_weight.device)
+    expect(ids.numel() > 0, f"empty prompt: input_ids of shape {tuple(ids.shape)}")
+    check_ids("input_ids", ids.cpu(), config.vocab_size)
+    mask = torch.ones_like(ids)
+    if attention_mask is not None:
+        mask = as_rows("attention_mask", attention_mask, ids.device)
+    expect_shape("attention_mask", mask, ids.shape)
+    own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # of the row's last document
+    expect(bool(own.any(dim=1).all()), "empty prompt: attention_mask has a row of padding alone")
+    count = sampling.length(ids.shape[1], config)
+    pad = sampling.padding(config)
+    ends = torch.tensor(sampling.ends(config), dtype=torch.long, device=ids.device)
+
+    counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    last = last_true(own)[:, None]  # (B, 1): behind which token of the prompt a row goes on
+    cache = KVCache()
+    step = next_scores
+    mode = inference_mode_for(model)
+    for n in range(count):
+        with mode():
+            if sampling.compile and n == 1:
+                cache = FixedKVCache(cache, capacity=cache.length + count - 1)
+                step = compiled_step()
+            scores, cache = step(model, ids, mask, cache, last)
+            if sampling.repetition_penalty != 1:
+                counts.scatter_add_(1, ids.long(), own.long())
+            token = sampling.choose(scores, seen=counts > 0)
+            token = token.where(~done, pad)
+            done |= torch.isin(token, ends)
+        yield token.clone()  # made outside of inference mode, it may be used in training
+        if len(ends) > 0 and bool(done.all()):
+            return
+        ids = token[:, None]
+        own = torch.ones_like(ids)
+        mask = None  # the cache knows of padding
+        last = 1
+
+
+def next_scores(
+    model: OpenLlamaForCausalLM,
+    ids: Tensor,
+    mask: Tensor | None,
+    cache: KVCache,
+    last: Tensor | int,
+) -> tuple[Tensor, KVCache]:
+    """The logits behind each row's token at `last`, (B, 1), or its last one: (B, V), in float32."""
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+        logits_to_keep=last,
+    )
+    return out.logits[:, -1].float(), out.past_key_values
+
+
+# --- 12. Speed -------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with `linear` for its product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight' + bias, from (..., C) to (..., len(weight)): PyTorch's product, but in two cases.
+
+    Compiled, a single token's product is written as the sum that it is, for which torch.compile
+    makes a loop that runs at the speed of memory. And in inference, that is under
+    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's: MKL,
+    PyTorch's choice, uses half of an AMD processor, and one thread of it for a single token.
+    """
+    if torch.compiler.is_compiling():
+        if is_single_token(x, weight):
+            return single_token_product(x, weight, bias)
+    elif suits_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def is_single_token(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.numel() == x.shape[-1]
+        and type(weight) is nn.Parameter  # not sharded, not quantised
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def single_token_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = (weight * x.flatten()).sum(dim=-1)
+    if bias is not None:
+        product = product + bias
+    return product.view(*x.shape[:-1], -1)
+
+
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN has an advantage here, and nobody is there whom it would escape."""
+    return (
+        torch.is_inference_mode_enabled()  # never true where something is differentiated
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and weight.numel() >= 2**19  # below, it loses its 30 microseconds a call, and more
+        and type(weight) is nn.Parameter  # not sharded, not quantised
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0  # nothing counts operations or fakes them
+        and torch._C._functorch.peek_interpreter_stack() is None  # not inside torch.func.vmap
+    )
+
+
+def inference_mode_for(model: nn.Module) -> Callable:
+    """torch.inference_mode, or torch.no_grad if weights are sharded: FSDP keeps what it gathers
+    under inference mode, and could not train with it."""
+    if all(type(parameter) is nn.Parameter for parameter in model.parameters()):
+        return torch.inference_mode
+    return torch.no_grad
+
+
+def loss_in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of 256 tokens at a time, whose logits are computed again in the backward."""
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = linear(hidden, weight).float()
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    chunks = zip(hidden.flatten(0, 1).split(256), targets.flatten().split(256), strict=True)
+    losses = [checkpoint(chunk_loss, h, y, use_reentrant=False) for h, y in chunks]
+    return sum(losses) / targets.ne(-100).sum()
+
+
+class FixedKVCache(KVCache):
+    """A cache of which no tensor ever changes its shape or place, for the compiled step.
+
+    It always shows all its positions; those yet to come are padding. `length` is a tensor, (1,).
+    """
+
+    def __init__(self, cache: KVCache, capacity: int):
+        super().__init__()
+        rest = capacity - cache.length
+        self.keys = [F.pad(key, (0, 0, 0, rest)) for key, _ in cache]
+        self.values = [F.pad(value, (0, 0, 0, rest)) for _, value in cache]
+        self.capacity = capacity
+        self.length = torch.tensor([cache.length], device=self.keys[0].device)
+        documents = cache.documents
+        if documents is None:
+            documents = self.length.new_ones(1, cache.length)
+        self.documents = F.pad(documents, (0, rest))
+        for tensor in (*self.keys, *self.values, self.documents, self.length):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may write to it
+
+    def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
+        return self.places(x.shape[1]), self.capacity
+
+    def places(self, T: int) -> Tensor:
+        return self.length + torch.arange(T, device=self.length.device)
+
+    def extended_documents(self, new: Tensor) -> Tensor:
+        last = self.documents.amax(dim=1, keepdim=True)
+        return self.documents.index_copy(1, new, last.expand(-1, len(new)))
+
+    def extend(self, buffers: list[Tensor], layer: int, x: Tensor) -> Tensor:
+        return buffers[layer].index_copy_(2, self.places(x.shape[2]), x)
+
+    def commit(self, tokens: Tokens) -> None:
+        self.length.add_(len(tokens.new))
+        self.documents.copy_(tokens.documents)
+
 
 @lru_cache
 def compiled_step() -> Callable:
-    """The step from one token to the next, compiled for any length; on CUDA it is replayed as one graph."""
+    """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
     print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
-    return torch.compile(OpenLlamaForCausalLM.next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
+    return torch.compile(next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
 
-def filter_scores(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """-inf for scores (B, V) below the k-th, then for those outside the nucleus (https://arxiv.org/abs/1904.09751)."""
-    if top_k:
-        kth = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = scores.sort()
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        outside[:, -1] = False
-        scores = scores.masked_fill(outside.scatter(1, order, outside), -math.inf)  # back in the vocabulary's order
-    return scores
-
-class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
-    """A classifier: `score` of the last real token, told by attention_mask, else by pad_token_id, else the last."""
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__(config)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
-        self.init_weights(self.score)
-
-    def head(self, hidden: Tensor, labels: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None):
-        """Loss, by problem_type or by num_labels and type, of (B,) classes or (B, num_labels) numbers; and logits."""
-        (B, T, _), pad = hidden.shape, self.config.pad_token_id
-        known = attention_mask is not None or pad is not None or B == 1
-        expect(known, f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask")
-        real = torch.ones_like(hidden[:, :, 0]) if pad is None or input_ids is None else input_ids != pad
-        real = real if attention_mask is None else attention_mask
-        last = T - 1 - real.ne(0).long().flip(1).argmax(1)  # (B,)
-        logits = self.score(hidden[torch.arange(B, device=hidden.device), last])  # (B, num_labels)
-        if labels is None:
-            return None, logits
-        guess = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        kind = self.config.problem_type or ("regression" if self.config.num_labels == 1 else guess)
-        if kind == "single_label_classification":
-            check_ids("labels", labels.masked_fill(labels == -100, 0), self.config.num_labels)
-            return F.cross_entropy(logits.float(), labels.flatten().long()), logits
-        loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-        expect_shape("labels", labels, logits.shape, logits.shape[: 1 + (logits.shape[1] > 1)])
-        return loss(logits.float(), labels.view_as(logits).float()), logits
 
 def tensor_parallel_plan() -> dict:
-    """For parallelize_module of torch.distributed.tensor.parallel: heads and MLPs are split, the rest is whole."""
+    """For parallelize_module of torch.distributed.tensor.parallel: the heads and the MLPs are
+    split over the processes, the rest is whole on each."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-    parts = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-    style = lambda name: RowwiseParallel() if name in ("o_proj", "down_proj") else ColwiseParallel()
-    return {f"model.layers.*.{part}.{name}": style(name) for part, names in parts.items() for name in names}
 
-def load_tokenizer(folder: Path, bos: int | None) -> tuple[Callable, Callable]:
-    """encode(text, special) to ids, with what texts begin with where special; and decode(ids) to text."""
-    settings = read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
-    if (path := folder / "tokenizer.model").is_file():
+    plan = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        plan[f"model.layers.*.{name}"] = ColwiseParallel()
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        plan[f"model.layers.*.{name}"] = ColwiseParallel()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        plan[f"model.layers.*.{name}"] = RowwiseParallel()
+    return plan
+
+
+# --- 13. Command line ------------------------------------------------------------------------
+
+
+class NumberTokenizer:
+    """No text at all: ids as numbers, "1,2,3"."""
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [int(number) for number in text.replace(",", " ").split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{number} " for number in ids)
+
+
+class ByteTokenizer:
+    """ByT5's: the bytes of UTF-8, behind the ids of pad, end and unknown."""
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [byte + 3 for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
+
+
+class SentencePieceTokenizer:
+    """tokenizer.model; `bos`, if any, begins each text."""
+
+    def __init__(self, path: Path, bos: int | None):
         from sentencepiece import SentencePieceProcessor
-        model = SentencePieceProcessor(model_file=str(path))
-        start = [] if bos is None or not settings.get("add_bos_token", True) else [bos]
-        decode = lambda ids: model.decode([i for i in ids if i < model.get_piece_size()])
-        return lambda text, special=True: start * special + model.encode(text), decode
-    if (path := folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-        model = Tokenizer.from_file(str(path))
-        return lambda text, special=True: model.encode(text, add_special_tokens=special).ids, model.decode
-    if settings.get("tokenizer_class") == "ByT5Tokenizer":  # UTF-8 bytes, after pad, eos and unk
-        decode = lambda ids: bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
-        return lambda text, special=True: [byte + 3 for byte in text.encode()], decode
-    raise FileNotFoundError(f"{folder} has no tokenizer.model or tokenizer.json; --prompt-ids needs none")
 
-def stream_text(decode: Callable, prompt: list[int], new: Iterable[int], stop: str) -> Iterator[str]:
+        self.model = SentencePieceProcessor(model_file=str(path))
+        self.bos = bos
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        ids = self.model.encode(text)
+        if special and self.bos is not None:
+            return [self.bos, *ids]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        size = self.model.get_piece_size()
+        return self.model.decode([i for i in ids if i < size])
+
+
+class JsonTokenizer:
+    """tokenizer.json."""
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer
+
+        self.model = Tokenizer.from_file(str(path))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self.model.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+def load_tokenizer(folder: Path, bos: int | None):
+    """The tokenizer of a checkpoint: encode(text, special) makes ids, and begins them with what
+    texts begin with, if special; decode(ids) makes text."""
+    settings = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.model").is_file():
+        if not settings.get("add_bos_token", True):
+            bos = None
+        return SentencePieceTokenizer(folder / "tokenizer.model", bos)
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(folder / "tokenizer.json")
+    if settings.get("tokenizer_class") == "ByT5Tokenizer":
+        return ByteTokenizer()
+    message = f"{folder} has no tokenizer.model or tokenizer.json; --prompt-ids needs none"
+    raise FileNotFoundError(message)
+
+
+def stream_text(
+    decode: Callable, prompt: list[int], new: Iterable[int], stop: str
+) -> Iterator[str]:
     """The text of the new ids as they come, in whole characters, up to `stop`."""
-    ids, text, shown, start = list(prompt), "", 0, len(decode(prompt))
+    ids = list(prompt)
+    start = len(decode(prompt))
+    text = ""
+    shown = 0
+    held_back = max(len(stop) - 1, 0)  # so much may be the beginning of `stop`
     for token in new:
         ids.append(token)
         text = decode(ids)[start:]  # decoded alone, a token would lose its leading space
@@ -732,119 +1883,251 @@ def stream_text(decode: Callable, prompt: list[int], new: Iterable[int], stop: s
             text = text[: text.index(stop)]
             break
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character, so far
-        whole = whole[: len(whole) + 1 - max(len(stop), 1)]  # what may be the beginning of `stop` waits
-        yield whole[shown:]
-        shown = max(shown, len(whole))
+        end = len(whole) - held_back
+        if end > shown:
+            yield whole[shown:end]
+            shown = end
     yield text[shown:]
 
+
+def zen_of_python() -> str:
+    """What `import this` prints; as a constant, it holds it in ROT13."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import this
+    return codecs.decode(this.s, "rot13")
+
+
 def demo_checkpoint(folder: Path) -> Path:
-    """A byte-level model that knows the Zen of Python by heart, trained on first use: about 10 seconds on 2 cores."""
+    """A byte-level model that knows the Zen of Python by heart, trained on first use."""
     if (folder / "model.safetensors").is_file():  # the last to be written
         return folder
-    folder.mkdir(parents=True, exist_ok=True)  # where that is not allowed, it is told before the training
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n')
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        import this
-    data = torch.tensor([ord(this.d.get(letter, letter)) + 3 for letter in this.s] + [1])  # ROT13; the last ends it
+    folder.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
+    settings = '{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n'
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    end = 1
+    data = torch.tensor([*ByteTokenizer().encode(zen_of_python()), end])
     torch.manual_seed(0)
-    model = OpenLlamaForCausalLM(OpenLlamaConfig(
-        vocab_size=259, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=None, eos_token_id=1, initializer_range=0.1, hidden_dropout_prob=0, attention_dropout_prob=0,
-    ))  # fmt: skip
-    steps, B, T, lr = 500, 4, 160, 4e-3
-    optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(steps):
-        batch = data[(torch.randint(len(data), (B, 1)) + torch.arange(T)) % len(data)]  # (B, T), from anywhere
-        loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        end = "\n" if step + 1 == steps else ""
-        print(f"\rtraining the demo: step {step + 1}/{steps}, loss {loss:.3f} ", end=end, file=sys.stderr, flush=True)
+    config = OpenLlamaConfig(
+        vocab_size=259,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=end,
+        initializer_range=0.1,
+        hidden_dropout_prob=0,
+        attention_dropout_prob=0,
+    )
+    model = OpenLlamaForCausalLM(config)
+    train(model, data, steps=500, B=4, T=160, learning_rate=4e-3)
     model.save_pretrained(folder)
     return folder
 
+
+def train(
+    model: OpenLlamaForCausalLM, data: Tensor, steps: int, B: int, T: int, learning_rate: float
+) -> None:
+    """Train on rows of T tokens from anywhere in data, which is read as a ring."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(steps):
+        starts = torch.randint(len(data), (B, 1))
+        batch = data[(starts + torch.arange(T)) % len(data)]  # (B, T)
+        loss = model(batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress = f"\rtraining the demo: step {step + 1}/{steps}, loss {loss:.3f} "
+        print(progress, end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ValueError."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+COMMAND_LINE_DEFAULTS = Sampling(
+    max_new_tokens=128, do_sample=True, temperature=0.8, top_k=50, top_p=1.0
+)
+
+
+def number_fields(sampling: Sampling) -> dict[str, int | float]:
+    """The settings that the command line has options for."""
+    values = asdict(sampling)
+    return {name: value for name, value in values.items() if type(value) in (int, float)}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Sample text from an Open-Llama checkpoint, or from a small demo.")
-    parser.error = lambda message: expect(False, message)
-    add, cache = parser.add_argument, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="default: the demo, which is trained on first use")
+    parser = ArgumentParser(description="Sample text from an Open-Llama checkpoint, or a demo.")
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="default: the demo, which is trained on first use",
+    )
     either = parser.add_mutually_exclusive_group().add_argument
     either("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
     either("--prompt-file", type=Path, metavar="FILE", help="file of the text to continue")
-    either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids, and needs no tokenizer")
-    settings = {"max_new_tokens": 128, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-    for name, value in (settings | {"num_samples": 1}).items():
-        add("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N", help="default: %(default)s")
+    either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids")
+    for name, value in number_fields(COMMAND_LINE_DEFAULTS).items():
+        option = "--" + name.replace("_", "-")
+        add(option, type=type(value), default=value, metavar="N", help="default: %(default)s")
+    add("--num-samples", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--stop", default="", metavar="TEXT", help="end before this text")
-    add("--chat", action="store_true", help="hold a conversation: each line of stdin is a turn, after --prompt")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as stored")
-    add("--device", choices=("auto", "cpu", "cuda")[: 2 + torch.cuda.is_available()], default="auto")
-    add("--compile", action="store_true", help="compile the decoding step: 15 seconds first, then faster")
-    add("--demo-dir", type=Path, default=cache / "openllama-demo", metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--chat",
+        action="store_true",
+        help="hold a conversation: each line of stdin is a turn, after --prompt",
+    )
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="default: as stored")
+    devices = ["auto", "cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    add("--device", choices=devices, default="auto")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the decoding step: 15 seconds first, then faster",
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    add(
+        "--demo-dir",
+        type=Path,
+        default=cache / "openllama-demo",
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     args = parser.parse_args(argv)
     expect(args.num_samples > 0, f"--num-samples {args.num_samples}: expected at least 1")
-    args.sampling = {name: getattr(args, name) for name in [*settings, "compile"]}
     return args
 
-def run(args: argparse.Namespace) -> None:
-    log = partial(print, file=sys.stderr, flush=True)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    folder, start = args.checkpoint or demo_checkpoint(args.demo_dir), time.perf_counter()
-    model = OpenLlamaForCausalLM.from_pretrained(folder, getattr(torch, args.dtype, None), device)
-    generator, eos = torch.Generator(device), model.config.eos_token_id
-    seed = generator.seed() if args.seed is None else generator.manual_seed(args.seed).initial_seed()
-    log(f"{model.num_parameters():,} parameters loaded in {time.perf_counter() - start:.2f} s; seed {seed}")
-    log("each line is a turn; Ctrl-D ends the conversation\n" * args.chat, end="")
-    encode = lambda text, special=True: [int(number) for number in text.replace(",", " ").split()]
-    decode = lambda ids: "".join(f"{number} " for number in ids)
-    if args.prompt_ids is None:
-        encode, decode = load_tokenizer(folder, model.config.bos_token_id)
-    ends = [eos] if isinstance(eos, int) else eos or []
-    def sample(prompt: list[int]) -> list[int]:
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text to continue, less the newline that echo and editors append."""
+    prompt = args.prompt_ids or args.prompt
+    if args.prompt_file:
+        prompt = args.prompt_file.read_text("utf-8")
+    elif prompt == "-":
+        prompt = sys.stdin.read()
+    elif not prompt and not args.checkpoint and not args.chat:
+        prompt = "Beautiful is better"
+    return (prompt or "").removesuffix("\n")
+
+
+class Writer:
+    """Continues texts on stdout, and tells on stderr how fast."""
+
+    def __init__(self, model: OpenLlamaForCausalLM, tokenizer, sampling: Sampling, stop: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.stop = stop
+        self.ends = sampling.ends(model.config)
+
+    def write(self, prompt: list[int]) -> list[int]:
         """Print a continuation as it is made; return prompt and continuation."""
-        ids, times = list(prompt), [time.perf_counter()]
-        def new():
-            inputs = torch.tensor([prompt], dtype=torch.long, device=device)
-            for token in model.stream(inputs, do_sample=True, generator=generator, **args.sampling):
+        ids = list(prompt)
+        times = [time.perf_counter()]
+
+        def new_tokens() -> Iterator[int]:
+            for token in self.model.stream([prompt], sampling=self.sampling):
                 ids.append(int(token))
                 times.append(time.perf_counter())
-                if ids[-1] not in ends:
+                if ids[-1] not in self.ends:
                     yield ids[-1]
-        for text in stream_text(decode, prompt, new(), args.stop):
+
+        for text in stream_text(self.tokenizer.decode, prompt, new_tokens(), self.stop):
             print(text, end="", flush=True)
         print(flush=True)
-        steps = torch.tensor(times, dtype=torch.float64).diff()  # seconds: the prompt's, then each token's
-        log(f"prefill {len(prompt) / steps[0]:.1f} tokens/s, decode {1 / steps[1:].median():.1f} tokens/s")
+        self.report(len(prompt), times)
+        return ids
+
+    def report(self, prompt_length: int, times: list[float]) -> None:
+        """times: of the start, and of each token, in seconds."""
+        seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+        prefill, *steps = seconds
+        decode = 1 / statistics.median(steps) if steps else math.nan  # not the mean: compiling
+        log(f"prefill {prompt_length / prefill:.1f} tokens/s, decode {decode:.1f} tokens/s")
+        if torch.cuda.is_initialized():
+            log(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+            return
         with contextlib.suppress(ImportError):  # on Windows
             from resource import RUSAGE_SELF, getrusage
-            peak = getrusage(RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-            log(f"peak memory {torch.cuda.max_memory_allocated() / 1e9 if device == 'cuda' else peak:.2f} GB")
-        return ids
-    prompt = args.prompt_ids or args.prompt or ("" if args.checkpoint or args.chat else "Beautiful is better")
-    prompt = args.prompt_file.read_text("utf-8") if args.prompt_file else sys.stdin.read() if prompt == "-" else prompt
-    for _ in range(0 if args.chat else args.num_samples):
-        sample(encode(prompt.removesuffix("\n")))  # which echo and editors append
-    ids = []  # user:{prompt}\nsystem:{answer}</s>, turn after turn
-    while args.chat and (line := prompt or sys.stdin.readline()):
-        ids = sample(ids + encode(f"user:{line.rstrip()}\nsystem:", False))
-        ids, prompt = ids if ids[-1] in ends else ids + ends[:1], ""
+
+            unit = 1e9 if sys.platform == "darwin" else 1e6
+            log(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GB")
+
+    def chat(self, line: str) -> None:
+        """Answer `line`, if any, then each line of stdin: user:{line}\\nsystem:{answer}</s> ..."""
+        log("each line is a turn; Ctrl-D ends the conversation")
+        ids = []
+        line = line or sys.stdin.readline()
+        while line:
+            turn = f"user:{line.rstrip()}\nsystem:"
+            ids = self.write(ids + self.tokenizer.encode(turn, special=False))
+            if ids[-1] not in self.ends:
+                ids += self.ends[:1]
+            line = sys.stdin.readline()
+
+
+def run(args: argparse.Namespace) -> None:
+    device = "cpu"
+    if args.device != "cpu" and torch.cuda.is_available():
+        device = "cuda"
+    dtype = None
+    if args.dtype != "auto":
+        dtype = getattr(torch, args.dtype)
+    folder = args.checkpoint or demo_checkpoint(args.demo_dir)
+    start = time.perf_counter()
+    model = OpenLlamaForCausalLM.from_pretrained(folder, dtype, device)
+    seconds = time.perf_counter() - start
+    generator = torch.Generator(device)
+    seed = generator.seed() if args.seed is None else args.seed
+    generator.manual_seed(seed)
+    log(f"{model.num_parameters():,} parameters loaded in {seconds:.2f} s; seed {seed}")
+    tokenizer = NumberTokenizer()
+    if args.prompt_ids is None:
+        tokenizer = load_tokenizer(folder, model.config.bos_token_id)
+    numbers = {name: getattr(args, name) for name in number_fields(COMMAND_LINE_DEFAULTS)}
+    sampling = replace(COMMAND_LINE_DEFAULTS, **numbers, generator=generator, compile=args.compile)
+    writer = Writer(model, tokenizer, sampling, args.stop)
+    prompt = read_prompt(args)
+    if args.chat:
+        writer.chat(prompt)
+        return
+    for _ in range(args.num_samples):
+        writer.write(tokenizer.encode(prompt))
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 where nobody reads stdout."""
+    """Exit status: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 where
+    nobody reads stdout."""
     try:
-        return run(parse_arguments(argv)) or 0
+        run(parse_arguments(argv))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        hint = ("- pip install", error.name) if isinstance(error, ImportError) else ()
-        print("openllama.py: error:", *str(error).split(), *hint, file=sys.stderr)
+        message = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            message += f" - pip install {error.name}"
+        log(f"openllama.py: error: {message}")
         return 2
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
