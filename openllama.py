@@ -519,7 +519,15 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
 # --- 5. Language model -----------------------------------------------------------------------
 
 
-class OpenLlamaLanguageModel(OpenLlamaPreTrainedModel):
+class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
+    """The decoder, for a head to be put on it."""
+
+    def __init__(self, config: OpenLlamaConfig):
+        super().__init__(config)
+        self.model = OpenLlamaModel(config)
+
+
+class OpenLlamaLanguageModel(OpenLlamaWithHead):
     """The language model. OpenLlamaForCausalLM (section 11) is the same, and can sample.
 
     Its output matrix is the embedding, or `lm_head` where config.json asks for one of its own.
@@ -527,7 +535,6 @@ class OpenLlamaLanguageModel(OpenLlamaPreTrainedModel):
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
-        self.model = OpenLlamaModel(config)
         if not (config.shared_input_output_embedding or config.tie_word_embeddings):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             self.init_weights(self.lm_head)
@@ -997,7 +1004,7 @@ def xformers_attention(documents: Tensor | None) -> Callable | None:
 # --- 9. Classifier ---------------------------------------------------------------------------
 
 
-class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
+class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
     """A classifier: `score` of the last real token of each row."""
 
     may_lack = ("score",)
@@ -1005,7 +1012,6 @@ class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
-        self.model = OpenLlamaModel(config)
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_weights(self.score)
 
@@ -1849,7 +1855,10 @@ class JsonTokenizer:
         return self.model.decode(ids)
 
 
-def load_tokenizer(folder: Path, bos: int | None):
+Tokenizer = NumberTokenizer | ByteTokenizer | SentencePieceTokenizer | JsonTokenizer
+
+
+def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
     """The tokenizer of a checkpoint: encode(text, special) makes ids, and begins them with what
     texts begin with, if special; decode(ids) makes text."""
     settings = {}
@@ -2028,7 +2037,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 class Writer:
     """Continues texts on stdout, and tells on stderr how fast."""
 
-    def __init__(self, model: OpenLlamaForCausalLM, tokenizer, sampling: Sampling, stop: str):
+    def __init__(
+        self, model: OpenLlamaForCausalLM, tokenizer: Tokenizer, sampling: Sampling, stop: str
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling

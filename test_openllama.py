@@ -10,8 +10,11 @@ tokenizer's package or a GPU are skipped where there is none.
 
 import contextlib
 import copy
+import dataclasses
+import doctest
 import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,21 +37,29 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 import convert_checkpoint
 import openllama
 from convert_checkpoint import convert
 from openllama import (
     KVCache,
+    ModelOutput,
     OpenLlamaConfig,
     OpenLlamaForCausalLM,
     OpenLlamaForSequenceClassification,
+    OpenLlamaMLP,
     OpenLlamaModel,
+    OpenLlamaWithHead,
+    RotaryEmbedding,
     Sampling,
     load_tokenizer,
+    masked_attention,
+    visible_keys,
 )
 
 HERE = Path(__file__).parent
@@ -662,6 +674,89 @@ def test_outputs_are_records_and_tuples():
     assert type(model(ids)) is tuple and not isinstance(model(ids, return_dict=True), tuple)
 
 
+def test_outputs_are_mappings_and_show_shapes():
+    model, (ids, _) = tiny(), batch("none")
+    out = model(ids, output_hidden_states=True)
+    names = ["logits", "past_key_values", "hidden_states"]
+    assert out.keys() == list(dict(out)) == names and len(out) == 3
+    assert dict(out)["logits"] is out.logits and "logits" in out
+    assert "loss" not in out and "attentions" not in out and "no such name" not in out
+    with pytest.raises(KeyError, match="loss"):
+        out["loss"]
+    assert repr(out) == (
+        "ModelOutput(logits=(2, 24, 50), past_key_values=KVCache(layers=2, length=24, capacity=24),"
+        " hidden_states=3 x (2, 24, 32))"
+    )
+    cache = KVCache(capacity=16)
+    with torch.no_grad():
+        model(ids[:, :7], past_key_values=cache)
+    assert repr(cache) == "KVCache(layers=2, length=7, capacity=16)"
+
+
+@torch.no_grad()
+def test_torch_finds_the_tensors_of_outputs_and_caches():
+    model, (ids, mask) = tiny(), batch("left")
+    out = model(ids, mask)
+    doubled = tree_map_only(torch.Tensor, lambda x: 2 * x, out)
+    assert type(doubled) is type(out) and torch.equal(doubled.logits, 2 * out.logits)
+    cache = tree_map_only(torch.Tensor, torch.clone, out.past_key_values)
+    assert cache is not out.past_key_values and cache.length == 24
+    stepped = [model(ids[:, :3], past_key_values=past) for past in (cache, out.past_key_values)]
+    assert torch.equal(stepped[0].logits, stepped[1].logits)
+
+
+@pytest.mark.parametrize("strict", (False, True))
+def test_the_bare_model_exports(strict):
+    model, (ids, _) = tiny(OpenLlamaModel), batch("none")
+    exported = torch.export.export(model, (ids,), strict=strict).module()(ids)
+    assert_close(exported.last_hidden_state, model(ids).last_hidden_state)
+    assert_close(exported.past_key_values[1][0], model(ids).past_key_values[1][0])
+
+
+def public_functions():
+    for name, thing in vars(openllama).items():
+        if getattr(thing, "__module__", None) != "openllama" or name.startswith("_"):
+            continue
+        if inspect.isfunction(thing):
+            yield thing
+        elif inspect.isclass(thing):
+            for member in vars(thing).values():
+                member = getattr(member, "__func__", member)
+                if inspect.isfunction(member) and not member.__name__.startswith("__"):
+                    yield member
+
+
+def test_every_argument_and_result_is_annotated():
+    functions = list(public_functions())
+    assert openllama.OpenLlamaForCausalLM.generate in functions and len(functions) > 80
+    for function in functions:
+        signature = inspect.signature(function)
+        for name, parameter in signature.parameters.items():
+            told = parameter.annotation is not parameter.empty or name in ("self", "cls")
+            assert told, f"{function.__qualname__}: {name}"
+        assert signature.return_annotation is not signature.empty, function.__qualname__
+
+
+def test_generate_names_its_settings():
+    named = inspect.signature(OpenLlamaForCausalLM.generate).parameters
+    for field in dataclasses.fields(Sampling):
+        assert named[field.name].default == field.default, field.name
+        assert named[field.name].annotation == field.type, field.name
+        assert field.name in OpenLlamaForCausalLM.generate.__doc__, field.name
+    assert "logits_to_keep" in inspect.signature(OpenLlamaForCausalLM.forward).parameters
+
+
+def test_the_examples_of_the_docstrings_hold():
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    tried = set()
+    for test in finder.find(openllama):
+        if test.examples:
+            runner.run(test)
+            tried.add(test.name.removeprefix("openllama."))
+    needed = {"rotate", "count_positions", "visible_keys", "KVCache", "outside_nucleus"}
+    assert runner.summarize().failed == 0 and needed <= tried
+
+
 @rope
 @pytest.mark.parametrize("recording", (False, True))
 def test_a_cache_reads_as_tuples_and_tuples_work_as_a_cache(rope, recording):
@@ -1213,6 +1308,25 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     assert model.generate(ids[:, :5], eos_token_id=None).shape == (2, MAX)
 
 
+@pytest.mark.parametrize("form", [list, torch.tensor, lambda ids: [ids]])
+def test_a_single_row_may_come_without_a_batch(form):
+    model, ids = tiny(), batch("none")[0][0, :5]
+    expected = model.generate(ids[None], max_new_tokens=4, eos_token_id=None)
+    row = form(ids.tolist())
+    assert torch.equal(model.generate(row, max_new_tokens=4, eos_token_id=None), expected)
+    mask = form([1, 1, 1, 1, 1])
+    assert torch.equal(model.generate(row, mask, max_new_tokens=4, eos_token_id=None), expected)
+
+
+def test_what_is_generated_may_be_trained_on():
+    model, (ids, _) = tiny(), batch("none")
+    text = model.generate(ids, max_new_tokens=4, eos_token_id=None)
+    assert not text.is_inference()
+    model.train()(text, labels=text).loss.backward()
+    for token in model.eval().stream(ids, max_new_tokens=3, eos_token_id=None):
+        model(token[:, None]).logits.sum().backward()
+
+
 def test_a_row_ends_with_its_eos_and_goes_on_as_padding():
     model, (ids, _) = tiny(), batch("none")
     free = model.generate(ids[:, :5], max_new_tokens=10, eos_token_id=None)
@@ -1375,6 +1489,52 @@ def test_linear_layers_are_products_in_value_and_in_both_derivatives(shape, dtyp
     for our, their in zip(*results, strict=True):
         assert our.dtype == dtype
         assert_close(our, their, 1e-5 if dtype != torch.bfloat16 else bfloat16_bound(1))
+
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN"
+)
+
+
+@needs_onednn
+def test_large_products_in_inference_are_onednns_and_no_others():
+    x, weight = torch.randn(2, 3, 512), nn.Parameter(torch.randn(1024, 512))
+    plain, bias = torch.nn.functional.linear(x, weight), torch.randn(1024)
+
+    def chosen(x=x, weight=weight):
+        return openllama.suits_onednn(x, weight)
+
+    assert not chosen()  # autograd records
+    with torch.no_grad():
+        assert not chosen()  # forward-mode derivatives may be wanted
+    with torch.inference_mode():
+        assert chosen()
+        assert_close(openllama.linear(x, weight), plain)
+        assert_close(openllama.linear(x, weight, bias), plain + bias)
+        assert not chosen(weight=nn.Parameter(weight[:1023]))  # too small
+        assert not chosen(x=x.bfloat16()) and not chosen(weight=weight.to("meta").data)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not chosen()
+        with FlopCounterMode(display=False) as counter:
+            assert not chosen()
+            openllama.linear(x, weight)
+        assert counter.get_total_flops() == 2 * 6 * 512 * 1024
+        told = []
+        torch.func.vmap(lambda row: told.append(chosen(row)) or row)(x)
+        torch.func.jvp(lambda row: told.append(chosen(row)) or row, (x,), (x,))
+        assert told == [False, False]
+
+
+@pytest.mark.parametrize("mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
+def test_derivatives_are_right_in_every_mode(mode):
+    """A large layer, in forward and in reverse: of a product, it is the product."""
+    layer, x = openllama.Linear(512, 1024, bias=False), torch.randn(2, 512)
+    expected = layer.weight.detach()
+    with mode():
+        assert_close(torch.func.jvp(layer, (x,), (x,))[1], x @ expected.T)
+        assert_close(torch.func.jacrev(layer)(x[0]), expected)
+        assert_close(torch.func.jacfwd(layer)(x[0]), expected)
+        assert_close(torch.func.vmap(layer)(x), x @ expected.T)
 
 
 def test_shapes_are_told_without_memory():
@@ -1743,11 +1903,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from openllama import tensor_parallel_plan
 folder, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), 4, rank)
-cases, ids = torch.load(f"{folder}/cases", weights_only=False)
+cases, whole, ids = torch.load(f"{folder}/cases", weights_only=False)
 results = []
 for dp, tp, model in cases:  # where two devices are enough, two others do the same
     names = ("copy", "dp", "tp")
@@ -1771,6 +1932,11 @@ for dp, tp, model in cases:  # where two devices are enough, two others do the s
     mine = [x.to_local() if isinstance(x, DTensor) else x for x in model.parameters()]
     elements = sum(x.numel() for x in mine)
     results.append((trained, model.generate(ids, max_new_tokens=8, eos_token_id=None), elements))
+parallel = DistributedDataParallel(whole, static_graph=True)
+for _ in range(2):  # the first step finds out what the others rely on
+    parallel.zero_grad()
+    parallel(ids.chunk(4)[rank], labels=ids.chunk(4)[rank]).loss.backward()
+results.append({name: parameter.grad for name, parameter in whole.named_parameters()})
 if rank == 0:
     torch.save(results, f"{folder}/results")
 dist.destroy_process_group()
@@ -1785,7 +1951,7 @@ def sharded(tmp_path_factory):
         pytest.skip("needs torch.distributed")
     folder = tmp_path_factory.mktemp("sharded")
     models = [(dp, tp, tiny(**HEADS[head])) for dp, tp, head in SHARDINGS]
-    torch.save((models, packed()[0].view(4, 16)), folder / "cases")
+    torch.save((models, tiny(), packed()[0].view(4, 16)), folder / "cases")
     env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", SHARDED, folder]
     with (folder / "errors").open("w") as errors:
@@ -1798,7 +1964,7 @@ def sharded(tmp_path_factory):
     for worker in workers:
         worker.kill()
     assert [worker.wait() for worker in workers] == [0] * 4, (folder / "errors").read_text()
-    return dict(zip(SHARDINGS, torch.load(folder / "results"), strict=True))
+    return dict(zip([*SHARDINGS, "DDP"], torch.load(folder / "results"), strict=True))
 
 
 @pytest.mark.parametrize("case", SHARDINGS)
@@ -1811,9 +1977,231 @@ def test_sharded_over_data_and_heads_it_is_the_same_model(case, sharded):
         assert grads.keys() == expected.keys()
         assert_same_gradients(grads, expected)
     assert torch.equal(text, model.generate(ids, max_new_tokens=8, eos_token_id=None))
-    assert elements < 1.3 * model.num_parameters() / (
-        case[0] * case[1]
-    )  # some are whole everywhere
+    share = model.num_parameters() / (case[0] * case[1])
+    assert elements < 1.3 * share  # some are whole everywhere
+
+
+def test_data_parallel_gradients_are_those_of_one_process(sharded):
+    model, ids = tiny(), packed()[0].view(4, 16)
+    assert_same_gradients(sharded["DDP"], gradients(model, model(ids, labels=ids).loss))
+
+
+# --- one thing changed -----------------------------------------------------------------------
+#
+# Each of these is the whole of a change that researchers make. It has to train, to generate with
+# the cache as without, and to come back from its files.
+
+
+class WindowDecoder(OpenLlamaModel):
+    """Sliding-window attention: a token sees the 4 before it, of its own document, and itself."""
+
+    def choose_attention(self, x, tokens, eager):
+        distance = tokens.positions[:, tokens.new, None] - tokens.positions[:, None]  # (B|1, T, S)
+        near = (distance < 5)[:, None]
+        return masked_attention(visible_keys(tokens) & near, eager)
+
+
+class WindowLM(OpenLlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = WindowDecoder(config)
+
+
+class YaRN(RotaryEmbedding):
+    """https://arxiv.org/abs/2309.00071: slow pairs are slowed by the factor, fast ones are not."""
+
+    settings = ("factor", "original_max_position_embeddings")
+
+    def frequencies(self, config, tokens):
+        rope, plain = config.rope_scaling, super().frequencies(config, tokens)
+        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        self.temperature = 0.1 * math.log(rope["factor"]) + 1  # of queries and keys
+        return plain * (kept + (1 - kept) / rope["factor"])
+
+    def turn_queries(self, q):
+        return super().turn_queries(q) * self.temperature**2
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token is sent to the expert that the router likes best, and weighted by how much."""
+
+    def __init__(self, config, experts=3):
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, experts, bias=False)
+        self.experts = nn.ModuleList(OpenLlamaMLP(config) for _ in range(experts))
+
+    def forward(self, x):
+        weight, best = self.router(x).softmax(-1).max(-1, keepdim=True)
+        return weight * sum((best == n) * mlp(x) for n, mlp in enumerate(self.experts))
+
+
+class ExpertsLM(OpenLlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = MixtureOfExperts(config).apply(self.init_weights)
+
+
+class TokenClassifier(OpenLlamaWithHead):
+    may_lack = ("classifier",)  # a language model's checkpoint will do, to begin with
+    ignores = ("lm_head",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels).apply(self.init_weights)
+
+    def forward(self, *inputs, **more):
+        return ModelOutput(logits=self.classifier(self.model(*inputs, **more).last_hidden_state))
+
+
+@dataclass
+class ScaledConfig(OpenLlamaConfig):
+    logit_scale: float = 1.0
+
+
+class ScaledLM(OpenLlamaForCausalLM):
+    config_class = ScaledConfig
+
+    def forward(self, *inputs, **more):
+        out = super().forward(*inputs, **more)
+        return replace(out, logits=out.logits * self.config.logit_scale)
+
+
+@dataclass
+class MinP(Sampling):
+    min_p: float = 0.1
+
+    def filter(self, scores):
+        least = scores.amax(-1, keepdim=True) + math.log(self.min_p)
+        return super().filter(scores).masked_fill(scores < least, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes"),
+    [
+        (8, [WindowDecoder, WindowLM.__init__]),
+        (15, [YaRN]),
+        (15, [MixtureOfExperts, ExpertsLM.__init__]),
+        (8, [TokenClassifier]),
+        (4, [ScaledConfig]),  # and a line in the model
+        (6, [MinP]),
+    ],
+)
+def test_one_thing_is_changed_in_a_few_lines(lines, changes):
+    code = [
+        line
+        for change in changes
+        for line in inspect.getsource(change).splitlines()
+        if line.strip() and '"""' not in line
+    ]
+    assert len(code) <= lines, "\n".join(code)
+
+
+def assert_it_lives(model, folder):
+    """Train a few steps, generate with the cache as without, save and reload, equal."""
+    ids, documents = packed()
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(16):
+        loss = torch.nn.functional.cross_entropy(
+            model(ids, documents).logits[documents > 0], ids[documents > 0] % 2
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    model.eval().save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder)
+    assert loaded.config == model.config and type(loaded.config) is type(model.config)
+    assert torch.equal(loaded(ids, documents).logits, model(ids, documents).logits)
+    if isinstance(model, OpenLlamaForCausalLM):
+        text = loaded.generate(ids[:, :5], max_new_tokens=20, eos_token_id=None)
+        for n in range(5, 25):
+            assert torch.equal(text[:, n], model(text[:, :n]).logits[:, -1].argmax(-1))
+
+
+def test_a_window_over_the_keys_minds_padding_and_documents(tmp_path):
+    model, (ids, documents) = tiny(WindowLM), packed()
+    out = model(ids, documents, output_attentions=True)
+    for row, columns, own in unpacked(ids, documents):
+        alone = model(own, output_attentions=True)
+        assert_close(out.logits[row, columns], alone.logits[0])
+        seen = out.attentions[1][row].ne(0).any(0)[columns]  # by any head
+        among = seen[:, columns]
+        length = own.shape[1]
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        assert torch.equal(among, (distance >= 0) & (distance < 5))
+        assert not seen[:, ~columns].any()
+    assert_close(model(ids, documents).logits, model(ids, documents, output_attentions=True).logits)
+    assert_it_lives(model, tmp_path)
+
+
+def test_yarn_is_one_class_and_an_entry_in_a_dict(tmp_path, monkeypatch):
+    monkeypatch.setitem(openllama.ROTARY_EMBEDDINGS, "yarn", YaRN)
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": MAX}
+    model, ids = tiny(rope_scaling=scaling), packed()[0]
+    assert_it_lives(model, tmp_path)
+    first = model(ids, output_hidden_states=True, output_attentions=True)
+    config, layer = model.config, model.model.layers[0]
+    # the weights of the first layer, once more: frequencies by the paper's equations 22 and 23
+    d = np.arange(0, 8, 2) / 8
+    plain = 10000.0**-d
+    ratio = MAX * plain / (2 * np.pi)
+    gamma = np.clip((ratio - 1) / 31, 0, 1)
+    angles = torch.arange(32)[:, None] * torch.tensor((1 - gamma) * plain / 4 + gamma * plain)
+    x = layer.input_layernorm(first.hidden_states[0][0])
+    q, k = (
+        p(x).view(32, 4, 2, 4).double() for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+    )
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # (32, 1, 4)
+    q, k = (torch.complex(z[:, :, 0], z[:, :, 1]) * turns for z in (q, k))
+    scores = torch.einsum("qhd,khd->hqk", q, k.conj()).real * (0.1 * math.log(4) + 1) ** 2 / 8**0.5
+    hidden = torch.ones(32, 32).triu(1).bool()
+    assert_close(first.attentions[0][0], scores.masked_fill(hidden, -math.inf).softmax(-1))
+    with pytest.raises(ValueError, match="expected type linear or dynamic or yarn"):
+        replace(config, rope_scaling={"type": "yarn", "factor": 4.0})
+
+
+def test_experts_are_initialised_as_the_rest(tmp_path):
+    model = ExpertsLM(tiny(initializer_range=0.01).config)
+    for name, weight in model.named_parameters():
+        if "experts" in name or "router" in name:
+            assert weight.std() < 0.015, name  # PyTorch's own initialisation would be 0.08 or more
+    assert_it_lives(tiny(ExpertsLM), tmp_path)
+
+
+def test_a_head_of_another_name_starts_from_a_language_model(tmp_path):
+    language = tiny(**HEADS["own"])
+    language.save_pretrained(tmp_path / "lm")
+    with pytest.warns(UserWarning, match="classifier"):
+        model = TokenClassifier.from_pretrained(tmp_path / "lm")
+    assert not model.classifier.bias.any() and model.classifier.weight.std() > 0
+    ids = packed()[0]
+    assert torch.equal(model.model(ids)[0], language.model(ids)[0])
+    assert_it_lives(model, tmp_path / "new")
+
+
+def test_a_setting_of_ones_own_comes_back(tmp_path):
+    model = ScaledLM(ScaledConfig(**vars(tiny().config), logit_scale=0.5))
+    assert_it_lives(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["logit_scale"] == 0.5
+    with pytest.raises(ValueError, match="logit_scale"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_min_p_is_one_more_filter():
+    model, (ids, _) = tiny(), batch("none")
+    scores = model(ids[:1]).logits[:, -1]
+    kept = MinP(min_p=0.3).filter(scores) > -math.inf
+    assert torch.equal(kept, scores.softmax(-1) >= 0.3 * scores.softmax(-1).max())
+    assert 1 < kept.sum() < V
+    sampling = MinP(min_p=1.0, do_sample=True, max_new_tokens=9, eos_token_id=None)
+    greedy = model.generate(ids, max_new_tokens=9, eos_token_id=None)
+    assert torch.equal(
+        model.generate(ids, sampling=sampling), greedy
+    )  # the likeliest alone is left
 
 
 # --- the command line ------------------------------------------------------------------------
