@@ -203,7 +203,8 @@ class DynamicNTKScaling(RotaryEmbedding):
 
     def base(self, config: OpenLlamaConfig, tokens: Tokens) -> Tensor:
         """A base for each token, (B|1, S|1, 1): it depends on the length of its document."""
-        D, factor = config.head_dim, config.rope_scaling["factor"]
+        D = config.head_dim
+        factor = config.rope_scaling["factor"]
         lengths = tokens.lengths() / config.max_position_embeddings
         growth = (factor * lengths - (factor - 1)).clamp(min=1)  # 1 up to the length trained for
         exponent = D / max(D - 2, 1)  # a head of one pair has frequency 1, whatever the base
@@ -221,6 +222,15 @@ ROTARY_EMBEDDINGS = {  # by config.rope_scaling["type"]
     "linear": LinearScaling,
     "dynamic": DynamicNTKScaling,
 }
+
+
+def rotary_embedding(
+    config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype
+) -> RotaryEmbedding:
+    kind = "default"
+    if config.rope_scaling is not None:
+        kind = config.rope_scaling["type"]
+    return ROTARY_EMBEDDINGS[kind](config, tokens, dtype)
 
 
 def cos_and_sin(
@@ -260,7 +270,7 @@ class Shared:
 
     rotary: RotaryEmbedding
     attend: Callable  # of q, k, v and dropout_p: what the new tokens see, and the weights or None
-    cache: KVCache | None
+    cache: KVCache | None = None
 
 
 def attention(
@@ -419,7 +429,14 @@ class OpenLlamaPreTrainedModel(nn.Module):
 
     def setting(self, name: str, value: bool | None) -> bool:
         """An argument of forward: `value`, or the config's where it is None."""
-        return getattr(self.config, name) if value is None else value
+        if value is None:
+            return getattr(self.config, name)
+        return value
+
+    def in_form(self, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        if self.setting("return_dict", return_dict):
+            return out
+        return out.to_tuple()
 
 
 class OpenLlamaModel(OpenLlamaPreTrainedModel):
@@ -481,19 +498,18 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         x = inputs_embeds  # (B, T, C)
         if x is None:
             x = self.embed_layer_norm(self.embed_tokens(input_ids))
-        cache = past_key_values
-        if not isinstance(cache, KVCache):
-            cache = KVCache(past_key_values or ())
+        cache = as_cache(past_key_values)
         tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
-        kind = "default" if config.rope_scaling is None else config.rope_scaling["type"]
         eager = output_attentions or not config.use_memory_efficient_attention
         shared = Shared(
-            rotary=ROTARY_EMBEDDINGS[kind](config, tokens, x.dtype),
+            rotary=rotary_embedding(config, tokens, x.dtype),
             attend=self.choose_attention(x, tokens, eager),
-            cache=cache if use_cache or past_key_values is not None else None,
         )
+        if use_cache or past_key_values is not None:
+            shared.cache = cache
 
-        hidden_states, attentions = [], []
+        hidden_states = []
+        attentions = []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
@@ -513,7 +529,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             out.hidden_states = (*hidden_states, x)
         if output_attentions:
             out.attentions = tuple(attentions)
-        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+        return self.in_form(out, return_dict)
 
 
 # --- 5. Language model -----------------------------------------------------------------------
@@ -583,7 +599,7 @@ class OpenLlamaLanguageModel(OpenLlamaWithHead):
             else:
                 loss = loss_in_chunks(hidden, self.output_weight, targets)
         out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
-        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+        return self.in_form(out, return_dict)
 
 
 # =============================================================================================
@@ -832,6 +848,13 @@ class KVCache:
             self.positions = tokens.positions
 
 
+def as_cache(past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
+    """The argument past_key_values, as a cache. One that was given is extended, not copied."""
+    if isinstance(past, KVCache):
+        return past
+    return KVCache(past or ())
+
+
 @dataclass(eq=False, repr=False)
 class ModelOutput:
     """What a model returns: a record (out.logits), a mapping (out["logits"], "loss" in out,
@@ -907,7 +930,8 @@ def choose_attention(x: Tensor, tokens: Tokens, eager: bool) -> Callable:
     The textbook's if eager. Else xformers' for half precision on CUDA, where it is installed and
     has no padding to mind together with a cache; else PyTorch's.
     """
-    T, S = x.shape[1], tokens.positions.shape[1]
+    T = x.shape[1]
+    S = tokens.positions.shape[1]
     causal = tokens.documents is None and T in (1, S)  # no mask is needed to tell
     square = T == S
     if not eager and in_half_precision(x) and (tokens.documents is None or square):
@@ -943,8 +967,9 @@ def lean_attention(
     """
     if q.is_cuda or dropout_p == 0:
         return fused_attention(q, k, v, mask, dropout_p)
-    T, S = q.shape[1], k.shape[1]
     if mask is None:
+        T = q.shape[1]
+        S = k.shape[1]
         mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
     kept = draw_kept(q, k, dropout_p)
     out, _ = checkpoint(attention, q, k, v, mask, kept, dropout_p, use_reentrant=False)
@@ -955,7 +980,8 @@ def draw_kept(q: Tensor, k: Tensor, dropout_p: float) -> Tensor | None:
     """Which weights dropout leaves, (B, H, T, S); None if it does not act."""
     if dropout_p == 0:
         return None
-    (B, T, H, _), S = q.shape, k.shape[1]
+    B, T, H, _ = q.shape
+    S = k.shape[1]
     return torch.rand(B, H, T, S, device=q.device, dtype=torch.float32) >= dropout_p
 
 
@@ -1044,7 +1070,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
         out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
-        return out if self.setting("return_dict", return_dict) else out.to_tuple()
+        return self.in_form(out, return_dict)
 
     def last_tokens(
         self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -1149,21 +1175,25 @@ def check_config(config: OpenLlamaConfig) -> None:
     """ValueError for a setting that no model can have. Those of a subclass are left to it."""
     check_rope_scaling(config)
     for field in fields(OpenLlamaConfig):
-        name, value, kind = field.name, getattr(config, field.name), type(field.default)
+        name = field.name
+        value = getattr(config, name)
+        kind = type(field.default)
         if name.endswith("_token_id"):
             check_token_id(name, value)
         elif kind is bool:
             expect(type(value) is bool, f"{name}={value!r}: expected true or false")
         elif kind in (int, float):
             check_number(name, value, kind)
-    V, C = config.vocab_size, config.hidden_size
-    H, pad = config.num_attention_heads, config.pad_token_id
+    C = config.hidden_size
+    H = config.num_attention_heads
     D = C // H
     expect(C % H == 0, f"hidden_size={C} is not divisible by num_attention_heads={H}")
     expect(
         D % 2 == 0,
         f"hidden_size={C} / num_attention_heads={H}: expected an even head size, not {D}",
     )
+    V = config.vocab_size
+    pad = config.pad_token_id
     expect(
         pad is None or pad in range(V),
         f"pad_token_id={pad!r}: expected None or an id below vocab_size={V}",
@@ -1421,17 +1451,10 @@ class Sampling:
     compile: bool = False
 
     def __post_init__(self):
-        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        penalty = self.repetition_penalty
-        expect(
-            temperature == 0 or temperature > 1e-6,
-            f"temperature={temperature}: expected 0 or above 1e-6",
-        )
-        expect(top_k is None or top_k >= 0, f"top_k={top_k}: expected at least 0, or None")
-        expect(
-            top_p is None or 0 < top_p <= 1,
-            f"top_p={top_p}: expected a probability in (0, 1]",
-        )
+        t, k, p, penalty = self.temperature, self.top_k, self.top_p, self.repetition_penalty
+        expect(t == 0 or t > 1e-6, f"temperature={t}: expected 0 or above 1e-6")
+        expect(k is None or k >= 0, f"top_k={k}: expected at least 0, or None")
+        expect(p is None or 0 < p <= 1, f"top_p={p}: expected a probability in (0, 1]")
         expect(penalty > 0, f"repetition_penalty={penalty}: expected more than 0")
 
     def length(self, T: int, config: OpenLlamaConfig) -> int:
