@@ -7,10 +7,11 @@ Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three 
    (https://arxiv.org/abs/2211.05100).
 2. Shared embedding: the input embedding is the output matrix too, from PaLM
    (https://arxiv.org/abs/2204.02311).
-3. Memory-efficient attention: its T x S weights are never stored, from xformers
+3. Memory-efficient attention: its T x S weights are never stored; by xformers
    (https://arxiv.org/abs/2112.05682).
 
-Results are those of transformers 4.31; where they differ on purpose, a comment says so.
+It also has dropout in attention and MLP. Results are those of transformers 4.31, but where that
+was wrong, as with padding.
 
 Part one is the model.            Part two is what makes it practical.
   1 Configuration                   6 Padding and packed documents
@@ -82,14 +83,14 @@ class OpenLlamaConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     hidden_act: str | Callable[[Tensor], Tensor] = "silu"  # a name in ACTIVATIONS, or a function
-    max_position_embeddings: int = 2048  # the length trained for; only dynamic scaling reads it
+    max_position_embeddings: int = 2048  # the length it is trained for
     initializer_range: float = 0.02  # standard deviation of fresh weights
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False  # has the effect of shared_input_output_embedding
+    tie_word_embeddings: bool = False  # the same as shared_input_output_embedding
     use_memory_efficient_attention: bool = True
     hidden_dropout_prob: float = 0.1  # of what the MLP returns
     attention_dropout_prob: float = 0.1  # of the attention weights
@@ -98,7 +99,7 @@ class OpenLlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": above 1}
     num_labels: int = 2  # of the classifier
-    problem_type: str | None = None  # of the classifier; None: what its labels look like
+    problem_type: str | None = None  # of the classifier; None: guessed from labels
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True  # False: models return tuples
@@ -154,6 +155,7 @@ class RotaryEmbedding:
     settings: tuple[str, ...] = ()  # what config.rope_scaling holds besides the type
 
     def __init__(self, config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype):
+        """tokens (section 6): the positions of all S tokens, and the indices of the T new ones."""
         frequencies = self.frequencies(config, tokens)
         positions = tokens.positions[:, tokens.new]  # (B|1, T)
         self.turn = cos_and_sin(positions, frequencies, dtype)  # of the new tokens
@@ -162,7 +164,8 @@ class RotaryEmbedding:
         return config.rope_theta
 
     def frequencies(self, config: OpenLlamaConfig, tokens: Tokens) -> Tensor:
-        """The angle from one position to the next, of each pair: (D/2,)."""
+        """How far each pair turns from one position to the next: (D/2,), or (..., D/2) if the
+        base is one for each token."""
         even = torch.arange(0, config.head_dim, 2, device=tokens.new.device)  # 2n
         return 1.0 / self.base(config, tokens) ** (even.float() / config.head_dim)
 
@@ -191,7 +194,8 @@ class DynamicNTKScaling(RotaryEmbedding):
     """The base grows with the text (https://arxiv.org/abs/2309.00071, appendix A).
 
     As it grows, the angles of earlier tokens change too. So the cache holds keys unturned, and
-    all of them are turned, by one base, after it; transformers 4.31 mixes keys of many bases.
+    all keys of a document are turned, by the same base, whenever they are used. (transformers 4.31
+    caches turned keys, and so mixes those of many bases.)
     """
 
     settings = ("factor",)
@@ -233,23 +237,9 @@ def rotary_embedding(
     return ROTARY_EMBEDDINGS[kind](config, tokens, dtype)
 
 
-def cos_and_sin(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What `rotate` takes, each (B|1, T, 1, D), for positions (B|1, T); computed in float32.
-
-    Both halves of a head have the same angles, but for the sign: the cosine does not see it,
-    and the sine takes over the minus of the rotation.
-    """
-    frequencies = torch.cat((-frequencies, frequencies), dim=-1)  # (D,), or (B|1, T|1, D)
-    angles = positions.float()[..., None] * frequencies  # (B|1, T, D)
-    angles = angles[:, :, None]  # the same in all heads
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) of x, a from its first half and b from its second, by its angle:
-    a becomes a cos - b sin, and b becomes b cos + a sin.
+    a becomes a cos - b sin, and b becomes b cos + a sin. The minus is in sin (see cos_and_sin).
 
     The pairs of this head are (1, 3), which makes a quarter turn, and (2, 4), which makes none:
 
@@ -261,6 +251,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + swapped * sin
 
 
+def cos_and_sin(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, each (B|1, T, 1, D), for positions (B|1, T); computed in float32.
+
+    The first half of a head gets the angle -t, the second t. As cos(-t) = cos(t), and sin(-t) =
+    -sin(t), this puts the minus of a cos - b sin into the sine.
+    """
+    frequencies = torch.cat((-frequencies, frequencies), dim=-1)  # (D,), or (B|1, T|1, D)
+    angles = positions.float()[..., None] * frequencies  # (B|1, T, D)
+    angles = angles[:, :, None]  # the same in all heads
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 # --- 3. Attention, MLP, layer ----------------------------------------------------------------
 
 
@@ -269,7 +273,7 @@ class Shared:
     """What the layers share in one forward."""
 
     rotary: RotaryEmbedding
-    attend: Callable  # of q, k, v and dropout_p: what the new tokens see, and the weights or None
+    attend: Callable  # attend(q, k, v, dropout_p) returns (B, T, H, D), and the weights or None
     cache: KVCache | None = None
 
 
@@ -279,25 +283,29 @@ def attention(
     """softmax(q k' / sqrt(D)) v, as in the textbook: (B, T, H, D), and its weights.
 
     q (B, T, H, D); k, v (B, S, H, D); mask (B|1, 1, T, S): True where a query sees a key.
-    kept (B, H, T, S): which weights dropout leaves, if it acts, with probability p.
+    kept (B, H, T, S): False where dropout, of probability p, drops a weight; None: it drops none.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, H, S, D) twice
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    left = weights
+    dropped = weights
     if kept is not None:
-        left = weights * kept / (1 - p)
-    return (left @ v).transpose(1, 2), weights
+        dropped = weights * kept / (1 - p)
+    return (dropped @ v).transpose(1, 2), weights
 
 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0
 ) -> tuple[Tensor, None]:
-    """The same by a kernel of PyTorch that stores no weights. Without a mask it is causal."""
+    """The same by a kernel of PyTorch that stores no weights.
+
+    Without a mask it is causal, which needs T = S, or T = 1: is_causal lets query n see the keys up
+    to n, counted from the first of each, so that it is wrong for a few queries after a cache.
+    """
     T = q.shape[1]
     causal = mask is None
-    if T == 1:  # a single query sees all keys; is_causal would show it the first one only
+    if T == 1:  # a single query, the last token, sees all keys
         causal = False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)
@@ -318,7 +326,7 @@ class OpenLlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.config.head_dim)  # -1: all heads, or this process's share of them
+        heads = (B, T, -1, self.config.head_dim)  # -1: all, or a share (tensor_parallel_plan)
         q = self.q_proj(x).view(heads)
         k = self.k_proj(x).view(heads)
         v = self.v_proj(x).view(heads)
@@ -379,11 +387,11 @@ class OpenLlamaPreTrainedModel(nn.Module):
         self.config = config
 
     def init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights; new.apply(model.init_weights) does so for a part of yours."""
+        """Draw a module's weights. For a module that you add: module.apply(self.init_weights)."""
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
-            return
+            return  # norms stay as they are; on meta, where models are loaded, there is nothing
         if isinstance(module, nn.Embedding) and self.config.use_stable_embedding:
-            nn.init.xavier_normal_(module.weight)  # as Bloom; the LayerNorm makes up for its size
+            nn.init.xavier_normal_(module.weight)  # as in transformers 4.31; smaller than others
         else:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -411,7 +419,8 @@ class OpenLlamaPreTrainedModel(nn.Module):
         return resize_vocabulary(self, size)
 
     def gradient_checkpointing_enable(self) -> None:
-        """In training, recompute each layer in the backward, and keep no cache: less memory."""
+        """In training, recompute each layer in the backward, for less memory; without a cache,
+        which would be extended twice."""
         self.decoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -463,7 +472,8 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         return self
 
     def choose_attention(self, x: Tensor, tokens: Tokens, eager: bool) -> Callable:
-        """The `attend` of all layers for one forward; eager: one that returns the weights."""
+        """The `attend` of all layers for one forward; eager: one that returns the weights. A
+        subclass may override it."""
         return choose_attention(x, tokens, eager)
 
     def forward(
@@ -480,12 +490,12 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     ) -> ModelOutput | tuple:
         """Run the decoder.
 
-        input_ids: (B, T); or inputs_embeds: (B, T, C), which pass by the stable embedding's norm.
+        input_ids: (B, T); or inputs_embeds: (B, T, C), which skip the stable embedding's norm.
         attention_mask: (B, S), cached tokens included; 0 for padding, on any side, else 1.
           Documents packed into a row are numbered 1, 2, ...: each gives what it would alone.
         position_ids: (B|1, T); None: each document's tokens are counted.
-        past_key_values: a KVCache, which is extended, or its contents as a tuple for each layer
-          of (key, value), each (B, H, S - T, D).
+        past_key_values: a KVCache, which is extended in place if use_cache; or a (key, value) for
+          each layer, each (B, H, S - T, D), which is left as it is.
         The others: the config's, where None.
         """
         config = self.config
@@ -506,7 +516,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             attend=self.choose_attention(x, tokens, eager),
         )
         if use_cache or past_key_values is not None:
-            shared.cache = cache
+            shared.cache = cache  # without use_cache it is read, and not committed below
 
         hidden_states = []
         attentions = []
@@ -577,10 +587,11 @@ class OpenLlamaLanguageModel(OpenLlamaWithHead):
     ) -> ModelOutput | tuple:
         """Logits (B, T, V), and the loss if there are labels; other arguments: OpenLlamaModel's.
 
-        labels: (B, T), as input_ids; the loss is the mean cross-entropy of each token's
-          successor, in float32, but where that is -100 or begins another document.
-        logits_to_keep: 0: all; n: the last n tokens'; a tensor: those of these positions, (K,) or
-          (B, K); None: none. Unless all are kept, the loss does without all of them in memory.
+        labels: (B, T), as a rule the input_ids. The loss is the mean cross-entropy, in float32, of
+          each token's next label, except those that are -100 or begin another document.
+        logits_to_keep: 0: all; n: the last n tokens'; a tensor: those at these places, (K,) or
+          (B, K); None: none. If not all are kept, the loss is computed in chunks, so that all
+          logits are never in memory.
         """
         inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         wanted = (use_cache, output_attentions, output_hidden_states)
@@ -612,12 +623,12 @@ class OpenLlamaLanguageModel(OpenLlamaWithHead):
 
 @dataclass
 class Tokens:
-    """All tokens that one forward sees, and which of them are new."""
+    """The S tokens that one forward sees, in the cache and new, and which of them are new."""
 
-    new: Tensor  # (T,): the places of the new ones among all S
-    positions: Tensor  # (B|1, S): each one's in its document; of no meaning for padding
-    documents: Tensor | None  # (B|1, S): each one's, 0 for padding; None: all are of one document
-    told: bool = False  # whether positions were ever given, rather than counted
+    new: Tensor  # (T,): the indices of the new tokens among all S
+    positions: Tensor  # (B|1, S): where each token stands in its document
+    documents: Tensor | None  # (B|1, S): the number of its document, 0 for padding; None: all 1
+    given: bool = False  # whether position_ids were ever given; else positions are counted
 
     def lengths(self) -> Tensor:
         """How many tokens each one's document has so far, (B|1, S), or (1, 1) if all are of one."""
@@ -633,24 +644,26 @@ def locate_tokens(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> Tokens:
-    """Begin a step: find out where the new tokens x (B, T, C) stand, behind those in the cache."""
+    """Begin a step: find out where the new tokens x (B, T, C) stand, after those in the cache."""
     B, T, _ = x.shape
     new, S = cache.begin(x, config)
     documents = cache.extended_documents(new)
     if attention_mask is not None:
         expect_shape("attention_mask", attention_mask, (B, S))
         documents = attention_mask.long()
-        # a mask of ones is no mask, which is faster; compiled code can't look, and goes without
+        # without padding, no mask is faster; compiled code cannot look, and keeps the mask
         if not torch.compiler.is_compiling() and bool(documents.eq(1).all()):
             documents = None
     if documents is None:
         positions = torch.arange(S, device=x.device)[None]
     else:
         positions = count_positions(documents)
-    told = position_ids is not None or cache.positions is not None
-    if told:
+    given = position_ids is not None or cache.positions is not None
+    if given:
+        if position_ids is not None:
+            expect_shape("position_ids", position_ids, (B, T), (1, T))
         positions = with_given_positions(positions, cache.positions, position_ids, T)
-    return Tokens(new, positions, documents, told)
+    return Tokens(new, positions, documents, given)
 
 
 def with_given_positions(
@@ -662,22 +675,22 @@ def with_given_positions(
         cached = counted[:, : S - T]
     if position_ids is None:
         position_ids = counted[:, S - T :]
-    B = max(len(counted), len(cached), len(position_ids))
-    expect_shape("position_ids", position_ids, (B, T), (1, T))
-    return torch.cat((cached.expand(B, -1), position_ids.expand(B, -1)), dim=1)
+    rows = max(len(cached), len(position_ids))
+    return torch.cat((cached.expand(rows, -1), position_ids.expand(rows, -1)), dim=1)
 
 
 def document_begins(documents: Tensor) -> Tensor:
-    """(B, S): True at the first token of each document. Their numbers only need to ascend."""
+    """(B, S): True at the first token of each document. The numbers of documents ascend, and may
+    skip some."""
     so_far = documents.cummax(dim=1).values
     return so_far > F.pad(so_far[:, :-1], (1, 0))
 
 
 def count_positions(documents: Tensor) -> Tensor:
-    """Each token's position in its document, (B, S): the real tokens so far, less those before it.
+    """Each token's position in its document, (B, S); padding's has no meaning.
 
-    Two tokens of a document, padding, two of another; so far they are 1 2 2 3 4, and the
-    documents begin at the counts 1 and 3:
+    Here are two tokens of a document, padding, and two of another. The real tokens are counted, 1 2
+    2 3 4, and the count at the first token of the document, 1 1 1 3 3, is taken off:
 
     >>> count_positions(torch.tensor([[1, 1, 0, 2, 2]]))
     tensor([[0, 1, 1, 0, 1]])
@@ -704,7 +717,7 @@ def visible_keys(tokens: Tokens) -> Tensor:
     """Which keys each new token sees, (B|1, 1, T, S): those of its document, up to itself.
 
     Padding counts as a document, or it would see nothing, and a softmax of nothing is NaN. Here
-    are two new tokens behind a cache of three, the first of which is padding:
+    are two new tokens after a cache of three, the first of which is padding:
 
     >>> documents = torch.tensor([[0, 1, 1, 1, 1]])
     >>> tokens = Tokens(torch.tensor([3, 4]), count_positions(documents), documents)
@@ -721,7 +734,7 @@ def visible_keys(tokens: Tokens) -> Tensor:
 
 
 def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """What the language model is to say behind each token of labels (B, T), or -100: nothing.
+    """The label of the token after each of labels (B, T), or -100 where there is none to predict.
 
     >>> next_tokens(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[1, 1, 1, 2, 2]]))
     tensor([[   6,    7, -100,    9, -100]])
@@ -730,29 +743,30 @@ def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return targets
     documents = attention_mask[:, -labels.shape[1] :]
+    # > 1: in a mask of 0 and 1 nothing begins, and padding before a token changes nothing
     begins = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] > 1)
     return targets.masked_fill(F.pad(begins, (0, 1)), -100)
 
 
-def select_tokens(x: Tensor, positions: int | Tensor) -> Tensor:
-    """The last `positions` tokens of x (B, T, C), all if 0; or those at positions (K,), (B, K)."""
-    if isinstance(positions, Tensor):
+def select_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The last `keep` tokens of x (B, T, C), or all if 0; or those at the places (K,) or (B, K)."""
+    if isinstance(keep, Tensor):
         rows = torch.arange(len(x), device=x.device)
-        return x[rows[:, None], positions]
-    if positions == 0:
+        return x[rows[:, None], keep]
+    if keep == 0:
         return x
-    return x[:, -positions:]
+    return x[:, -keep:]
 
 
 # --- 7. Key-value cache, output --------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of the tokens so far: all that outlives a forward, which extends it.
+    """Keys and values of the tokens so far. Nothing else is kept from one forward to the next.
 
-    `cache[layer]` is (key, value), each (B, H, length, D); key is not turned yet where the scaling
-    is dynamic. A forward begins a step, updates each layer, and commits; if it fails before that,
-    the cache is as it was. The buffers double when they are full, so that few tokens are copied:
+    `cache[layer]` is (key, value), each (B, H, length, D); the keys are not turned yet if the
+    scaling is dynamic. A forward begins a step, updates each layer, and commits the step; if it
+    fails before that, the cache is as it was. Full buffers are doubled, so that little is copied:
 
     >>> cache, token = KVCache(), torch.zeros(1, 1, 2, 4)  # (B, T, H, D)
     >>> with torch.no_grad():
@@ -783,16 +797,19 @@ class KVCache:
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[layer] for layer in range(len(self)))
+
     def __repr__(self) -> str:
         length = int(self.length)
         return f"{type(self).__name__}(layers={len(self)}, {length=}, capacity={self.capacity})"
 
     def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
-        """The places of the new tokens x (B, T, C), (T,), and how many there are with them, S.
+        """The indices of the new tokens x (B, T, C) among all, (T,), and the number of all, S.
 
         ValueError if the cache is of another batch or model.
         """
-        if self.length == 0:  # what a forward may have left that failed
+        if self.length == 0:  # a forward that failed may have left something
             self.keys.clear()
             self.values.clear()
         else:
@@ -803,7 +820,7 @@ class KVCache:
     def check(self, B: int, config: OpenLlamaConfig) -> None:
         layers = config.num_hidden_layers
         expect(len(self) == layers, f"past_key_values: {len(self)} layers, expected {layers}")
-        rows, H, S, D = self.keys[0].shape  # H may be a share of the heads: there may be others
+        rows, H, S, D = self.keys[0].shape  # H is unknown: each process may have a share of them
         expect(
             (rows, D) == (B, config.head_dim),
             f"past_key_values of shape {(rows, H, S, D)}: expected {(B, H, S, config.head_dim)}",
@@ -823,11 +840,11 @@ class KVCache:
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def extend(self, buffers: list[Tensor], layer: int, x: Tensor) -> Tensor:
-        """Put x (B, H, T, D) behind the first `length` positions of a layer's buffer."""
+        """Put x (B, H, T, D) after the first `length` positions of a layer's buffer."""
         B, H, T, D = x.shape
         S = self.length + T
         if layer == len(buffers):
-            buffers.append(x[:, :, :0])
+            buffers.append(x[:, :, :0])  # empty; it grows below
         past = buffers[layer][:, :, : self.length]
         if torch.is_grad_enabled():  # what autograd has recorded may not be written to
             buffers[layer] = torch.cat((past, x), dim=2) if self.length else x
@@ -844,7 +861,7 @@ class KVCache:
         self.length += len(tokens.new)
         self.capacity = max(self.capacity, self.length)
         self.documents = tokens.documents
-        if tokens.told:
+        if tokens.given:
             self.positions = tokens.positions
 
 
@@ -858,13 +875,13 @@ def as_cache(past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
 @dataclass(eq=False, repr=False)
 class ModelOutput:
     """What a model returns: a record (out.logits), a mapping (out["logits"], "loss" in out,
-    dict(out)), and a tuple (out[0], loss, logits = out). What is None is left out of these."""
+    dict(out)), and a tuple (out[0], out[:2]). Fields that are None are in neither of the latter."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None  # (B, T, V), or (B, num_labels) from the classifier
     last_hidden_state: Tensor | None = None  # (B, T, C), after the final norm; from the decoder
     past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # what each layer gets; last_hidden_state
+    hidden_states: tuple[Tensor, ...] | None = None  # each layer's input, and last_hidden_state
     attentions: tuple[Tensor, ...] | None = None  # the weights of each layer, (B, H, T, S)
 
     def keys(self) -> list[str]:
@@ -924,15 +941,16 @@ register_as_tree(KVCache)
 
 
 def choose_attention(x: Tensor, tokens: Tokens, eager: bool) -> Callable:
-    """One forward's attention: from q (B, T, H, D), k and v (B, S, H, D), and dropout_p, it makes
-    what the new tokens see, (B, T, H, D), and the weights, (B, H, T, S), or None.
+    """One forward's attention: attend(q, k, v, dropout_p), of q (B, T, H, D), k and v (B, S, H, D),
+    returns (B, T, H, D), and the weights (B, H, T, S) or None.
 
-    The textbook's if eager. Else xformers' for half precision on CUDA, where it is installed and
-    has no padding to mind together with a cache; else PyTorch's.
+    It is the textbook's if eager. Else it is xformers' in half precision on CUDA, if that is
+    installed, unless there are both padding and a cache, for which it has no kernel. Else it is
+    PyTorch's, which is as good in float32.
     """
     T = x.shape[1]
     S = tokens.positions.shape[1]
-    causal = tokens.documents is None and T in (1, S)  # no mask is needed to tell
+    causal = tokens.documents is None and T in (1, S)  # fused_attention needs no mask
     square = T == S
     if not eager and in_half_precision(x) and (tokens.documents is None or square):
         attend = xformers_attention(tokens.documents)
@@ -960,10 +978,10 @@ def eager_attention(
 def lean_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """PyTorch's fused attention; but on the CPU that stores the weights if it has to drop some.
+    """PyTorch's fused attention; but on the CPU, with dropout, its kernel stores the weights.
 
-    So there the textbook's is computed, and once more in the backward. What it drops is drawn
-    here, outside of what is repeated, so that both times it drops the same.
+    So there the textbook's is computed, and once more in the backward. All that is stored is what
+    is dropped, a byte for each weight: to draw it again would take longer.
     """
     if q.is_cuda or dropout_p == 0:
         return fused_attention(q, k, v, mask, dropout_p)
@@ -1014,7 +1032,7 @@ def xformers_attention(documents: Tensor | None) -> Callable | None:
     B = len(documents)
     real = documents.flatten().nonzero().squeeze(1)  # the places of all real tokens in B * T
     row = torch.arange(B, device=documents.device)[:, None]
-    apart = documents + row * (documents.max() + 1)  # no document of two rows has one number
+    apart = documents + row * (documents.max() + 1)  # numbers of different rows now differ
     lengths = torch.unique_consecutive(apart.flatten()[real], return_counts=True)[1]
     blocks = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths.tolist())
 
@@ -1082,7 +1100,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
             real = attention_mask[:, -T:] != 0
         elif pad is not None and input_ids is not None:
             real = input_ids != pad
-        else:
+        else:  # a pad id tells nothing of inputs_embeds: they are taken to be whole, as in 4.31
             expect(
                 B == 1 or pad is not None,
                 f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask",
@@ -1097,8 +1115,8 @@ def last_true(flags: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig) -> Tensor:
-    """Of regression, one label, or several at once: as config.problem_type says, or else as
-    num_labels and the labels' type suggest."""
+    """The loss of a regression, or of one label or several: which, config.problem_type says, or
+    else num_labels and the type of the labels suggest."""
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -1122,6 +1140,8 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig)
 
 # --- 10. Checkpoints -------------------------------------------------------------------------
 
+# First, checks: of arguments, then of settings
+
 
 def expect(ok: bool, message: str) -> None:
     if not ok:
@@ -1134,7 +1154,8 @@ def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """ValueError for ids that are none; only on the CPU, as to look at them stalls a GPU."""
+    """ValueError for what are no ids. Their range is checked on the CPU only: to read them from a
+    GPU would make it wait."""
     expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
     if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in ids.aminmax())
@@ -1173,7 +1194,7 @@ ACTIVATIONS = {
 
 def check_config(config: OpenLlamaConfig) -> None:
     """ValueError for a setting that no model can have. Those of a subclass are left to it."""
-    check_rope_scaling(config)
+    normalise_rope_scaling(config)
     for field in fields(OpenLlamaConfig):
         name = field.name
         value = getattr(config, name)
@@ -1228,16 +1249,16 @@ def check_token_id(name: str, value: object) -> None:
         expect(ok, f"{name}={value!r}: expected a token's id or None")
 
 
-def check_rope_scaling(config: OpenLlamaConfig) -> None:
+def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
     """Bring rope_scaling into one form: None, or a type of ROTARY_EMBEDDINGS and its settings."""
     given = config.rope_scaling
     if given is None:
         return
     expect(isinstance(given, dict), f"rope_scaling={given!r}: expected a dict of type and factor")
     rope = {key: value for key, value in given.items() if value is not None}
-    config.rope_theta = rope.pop("rope_theta", config.rope_theta)
+    config.rope_theta = rope.pop("rope_theta", config.rope_theta)  # transformers 5 has it here
     kind = rope.pop("type", None)
-    kind = rope.pop("rope_type", kind)
+    kind = rope.pop("rope_type", kind)  # its newer name
     if kind == "default":
         rope.pop("factor", None)
     kinds = [name for name in ROTARY_EMBEDDINGS if name != "default"]
@@ -1246,7 +1267,8 @@ def check_rope_scaling(config: OpenLlamaConfig) -> None:
     expect(rope.keys() == set(ROTARY_EMBEDDINGS[kind].settings), expected)
     for value in rope.values():
         expect(type(value) in (int, float) and value > 0, expected)
-    expect(rope.get("factor", 2.0) > 1, expected)
+    if "factor" in rope:
+        expect(rope["factor"] > 1, expected)
     config.rope_scaling = None
     if kind != "default":
         numbers = {name: float(value) for name, value in rope.items()}
@@ -1265,11 +1287,12 @@ LIBRARY_KEYS = {  # what transformers writes into config.json besides the model
 def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfig:
     """Read the contents of a config.json, in any spelling that transformers has used.
 
-    ValueError for a key that may change the model: it is not a field, not of the library, not off
-    (null, false, 0, empty), and does not say what is so anyway.
+    ValueError for a key that may change the model: one that is no field, not one of LIBRARY_KEYS,
+    not off (null, false, 0, empty), and not just another name for what holds anyway.
     """
-    values = {key.replace("memorry", "memory"): value for key, value in values.items()}  # sic
-    kind = values.pop("model_type", "open-llama")  # converting others: convert_checkpoint.py
+    # transformers 4.31 and most checkpoints misspell a key: use_memorry_efficient_attention
+    values = {key.replace("memorry", "memory"): value for key, value in values.items()}
+    kind = values.pop("model_type", "open-llama")  # convert_checkpoint.py takes others
     expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
     rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
     if rope_parameters:
@@ -1285,6 +1308,9 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
         harmless = key.startswith("_") or not value or value == so_anyway.get(key)
         expect(harmless, f"{key}={value!r} is a setting that Open-Llama does not have")
     return config
+
+
+# Then, files
 
 
 def read_json(path: Path) -> dict:
@@ -1365,7 +1391,7 @@ def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]
     """Make a module of a model on meta real, and draw its weights: its tensors by their names."""
     module = model.get_submodule(name).to_empty(device="cpu")
     for part in module.modules():
-        if hasattr(part, "reset_parameters"):
+        if hasattr(part, "reset_parameters"):  # as norms have, which init_weights leaves alone
             part.reset_parameters()
     module.apply(model.init_weights)
     return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
@@ -1434,7 +1460,7 @@ def resize_rows(model: OpenLlamaPreTrainedModel, module: nn.Module, size: int) -
 class Sampling:
     """How a text goes on: the settings of OpenLlamaForCausalLM.generate, which explains them.
 
-    The command line has an option for each number here. For a filter of your own, subclass this
+    For a filter of your own, subclass this
     as a dataclass, with its settings as fields, and extend `filter`. ValueError for bad values.
     """
 
@@ -1452,23 +1478,22 @@ class Sampling:
 
     def __post_init__(self):
         t, k, p, penalty = self.temperature, self.top_k, self.top_p, self.repetition_penalty
+        # divided by less than 1e-6, scores would overflow
         expect(t == 0 or t > 1e-6, f"temperature={t}: expected 0 or above 1e-6")
         expect(k is None or k >= 0, f"top_k={k}: expected at least 0, or None")
         expect(p is None or 0 < p <= 1, f"top_p={p}: expected a probability in (0, 1]")
         expect(penalty > 0, f"repetition_penalty={penalty}: expected more than 0")
 
     def length(self, T: int, config: OpenLlamaConfig) -> int:
-        """How many tokens to make, at the most, behind a prompt of T."""
+        """How many tokens to make, at the most, after a prompt of T."""
+        longest = self.max_length
+        if longest is None:
+            longest = config.max_position_embeddings
         count = self.max_new_tokens
         if count is None:
-            longest = self.max_length
-            if longest is None:
-                longest = config.max_position_embeddings
             count = longest - T
-        expect(
-            count > 0,
-            f"max_new_tokens={count} behind {T} (max_length={self.max_length}): expected 1 or more",
-        )
+        limits = f"max_new_tokens={self.max_new_tokens}, max_length={longest}"
+        expect(count > 0, f"{limits}, prompt of {T}: no room for a new token")
         return count
 
     def ends(self, config: OpenLlamaConfig) -> list[int]:
@@ -1488,7 +1513,7 @@ class Sampling:
         if pad == "config":
             pad = config.pad_token_id
         if pad is None:
-            pad = [*self.ends(config), 0][0]
+            pad = next(iter(self.ends(config)), 0)
         expect(
             0 <= pad < config.vocab_size,
             f"pad_token_id={pad}: expected 0 to {config.vocab_size - 1}",
@@ -1496,7 +1521,7 @@ class Sampling:
         return pad
 
     def choose(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """The next token of each row, (B,), from scores (B, V). seen: (B, V), True if it was."""
+        """The next token of each row, (B,), from scores (B, V). seen (B, V): what rows hold."""
         if self.repetition_penalty != 1:  # https://arxiv.org/abs/1909.05858
             penalty = self.repetition_penalty
             penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
@@ -1520,7 +1545,7 @@ class Sampling:
 
 def outside_nucleus(scores: Tensor, p: float) -> Tensor:
     """Which tokens are not of the nucleus: the fewest likeliest whose probabilities reach p
-    (https://arxiv.org/abs/1904.09751). True in (B, V).
+    (https://arxiv.org/abs/1904.09751). (B, V), True for those outside.
 
     Of the probabilities 0.2, 0.5, 0.3 the last two reach 0.6. Seen from the other end: in
     ascending order the sums are 0.2, 0.5, 1.0, and what stays within 1 - p = 0.4 is left out.
@@ -1638,13 +1663,15 @@ def stream_tokens(
 
     counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    last = last_true(own)[:, None]  # (B, 1): behind which token of the prompt a row goes on
+    last = last_true(own)[:, None]  # (B, 1): the places of the tokens that rows go on from
     cache = KVCache()
     step = next_scores
     mode = inference_mode_for(model)
     for n in range(count):
         with mode():
-            if sampling.compile and n == 1:
+            if (
+                sampling.compile and n == 1
+            ):  # after the prompt; of the rest all but the last are fed
                 cache = FixedKVCache(cache, capacity=cache.length + count - 1)
                 step = compiled_step()
             scores, cache = step(model, ids, mask, cache, last)
@@ -1653,13 +1680,13 @@ def stream_tokens(
             token = sampling.choose(scores, seen=counts > 0)
             token = token.where(~done, pad)
             done |= torch.isin(token, ends)
-        yield token.clone()  # made outside of inference mode, it may be used in training
+        yield token.clone()  # unlike a tensor made in inference mode, it may be used in training
         if len(ends) > 0 and bool(done.all()):
             return
         ids = token[:, None]
         own = torch.ones_like(ids)
         mask = None  # the cache knows of padding
-        last = 1
+        last = 1  # not a place now: keep the last one's logits
 
 
 def next_scores(
@@ -1669,7 +1696,7 @@ def next_scores(
     cache: KVCache,
     last: Tensor | int,
 ) -> tuple[Tensor, KVCache]:
-    """The logits behind each row's token at `last`, (B, 1), or its last one: (B, V), in float32."""
+    """What the model says comes next: (B, V), in float32. last: logits_to_keep, for one token."""
     out = model(
         input_ids=ids,
         attention_mask=mask,
@@ -1694,7 +1721,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias, from (..., C) to (..., len(weight)): PyTorch's product, but in two cases.
+    """x weight' + bias, (..., C) to (..., len(weight)): PyTorch's product, except in two cases.
 
     Compiled, a single token's product is written as the sum that it is, for which torch.compile
     makes a loop that runs at the speed of memory. And in inference, that is under
@@ -1726,12 +1753,13 @@ def single_token_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN has an advantage here, and nobody is there whom it would escape."""
+    """Whether oneDNN is faster here, and nothing is active that has to see the product: oneDNN's
+    has no derivatives, no rule for vmap, and no count of its operations."""
     return (
         torch.is_inference_mode_enabled()  # never true where something is differentiated
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and weight.numel() >= 2**19  # below, it loses its 30 microseconds a call, and more
+        and weight.numel() >= 2**19  # its 30 microseconds a call are not worth it below
         and type(weight) is nn.Parameter  # not sharded, not quantised
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
@@ -1764,6 +1792,7 @@ class FixedKVCache(KVCache):
     """A cache of which no tensor ever changes its shape or place, for the compiled step.
 
     It always shows all its positions; those yet to come are padding. `length` is a tensor, (1,).
+    Only `generate` makes one, without position_ids.
     """
 
     def __init__(self, cache: KVCache, capacity: int):
@@ -1824,7 +1853,7 @@ def tensor_parallel_plan() -> dict:
 
 
 class NumberTokenizer:
-    """No text at all: ids as numbers, "1,2,3"."""
+    """Ids as numbers, in place of text: "1,2,3", or with spaces."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [int(number) for number in text.replace(",", " ").split()]
@@ -1834,7 +1863,7 @@ class NumberTokenizer:
 
 
 class ByteTokenizer:
-    """ByT5's: the bytes of UTF-8, behind the ids of pad, end and unknown."""
+    """The bytes of UTF-8, after three ids for pad, end and unknown, as ByT5 has them."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [byte + 3 for byte in text.encode()]
@@ -1882,8 +1911,8 @@ Tokenizer = NumberTokenizer | ByteTokenizer | SentencePieceTokenizer | JsonToken
 
 
 def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
-    """The tokenizer of a checkpoint: encode(text, special) makes ids, and begins them with what
-    texts begin with, if special; decode(ids) makes text."""
+    """The tokenizer of a checkpoint. encode(text, special) makes ids, with the special ones that a
+    text begins or ends with, if special; decode(ids) makes text."""
     settings = {}
     if (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
@@ -1907,7 +1936,7 @@ def stream_text(
     start = len(decode(prompt))
     text = ""
     shown = 0
-    held_back = max(len(stop) - 1, 0)  # so much may be the beginning of `stop`
+    held_back = max(len(stop) - 1, 0)  # the last characters may be the beginning of `stop`
     for token in new:
         ids.append(token)
         text = decode(ids)[start:]  # decoded alone, a token would lose its leading space
@@ -1923,7 +1952,7 @@ def stream_text(
 
 
 def zen_of_python() -> str:
-    """What `import this` prints; as a constant, it holds it in ROT13."""
+    """What `import this` prints. The module stores it in ROT13."""
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     return codecs.decode(this.s, "rot13")
@@ -1982,6 +2011,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+# a number here makes an option there
 COMMAND_LINE_DEFAULTS = Sampling(
     max_new_tokens=128, do_sample=True, temperature=0.8, top_k=50, top_p=1.0
 )
@@ -2091,7 +2121,8 @@ class Writer:
         """times: of the start, and of each token, in seconds."""
         seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
         prefill, *steps = seconds
-        decode = 1 / statistics.median(steps) if steps else math.nan  # not the mean: compiling
+        # the median step, as one of them includes compiling
+        decode = 1 / statistics.median(steps) if steps else math.nan
         log(f"prefill {prompt_length / prefill:.1f} tokens/s, decode {decode:.1f} tokens/s")
         if torch.cuda.is_initialized():
             log(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
@@ -2099,8 +2130,8 @@ class Writer:
         with contextlib.suppress(ImportError):  # on Windows
             from resource import RUSAGE_SELF, getrusage
 
-            unit = 1e9 if sys.platform == "darwin" else 1e6
-            log(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GB")
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
+            log(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
 
     def chat(self, line: str) -> None:
         """Answer `line`, if any, then each line of stdin: user:{line}\\nsystem:{answer}</s> ..."""
