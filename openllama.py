@@ -7,18 +7,18 @@ Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three 
    (https://arxiv.org/abs/2211.05100).
 2. Shared embedding: the input embedding is the output matrix too, from PaLM
    (https://arxiv.org/abs/2204.02311).
-3. Memory-efficient attention: its T x S weights are never stored; by xformers
+3. Memory-efficient attention: its T x S weights are not kept; by xformers
    (https://arxiv.org/abs/2112.05682).
 
-It also has dropout in attention and MLP. Results are those of transformers 4.31, but where that
-was wrong, as with padding.
+It also has dropout in attention and MLP. Results are the same as transformers 4.31's, except where
+those were wrong, as with padding.
 
 Part one is the model.            Part two is what makes it practical.
   1 Configuration                   6 Padding and packed documents
   2 RMSNorm, rotary embedding       7 Key-value cache, output
   3 Attention, MLP, layer           8 Memory-efficient attention
   4 Decoder                         9 Classifier
-  5 Language model                 10 Checkpoints
+  5 Language model                 10 Checks and checkpoints
                                    11 Sampling
                                    12 Speed
                                    13 Command line
@@ -90,7 +90,7 @@ class OpenLlamaConfig:
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False  # the same as shared_input_output_embedding
+    tie_word_embeddings: bool = False  # True shares the embedding, too
     use_memory_efficient_attention: bool = True
     hidden_dropout_prob: float = 0.1  # of what the MLP returns
     attention_dropout_prob: float = 0.1  # of the attention weights
@@ -211,7 +211,7 @@ class DynamicNTKScaling(RotaryEmbedding):
         factor = config.rope_scaling["factor"]
         lengths = tokens.lengths() / config.max_position_embeddings
         growth = (factor * lengths - (factor - 1)).clamp(min=1)  # 1 up to the length trained for
-        exponent = D / max(D - 2, 1)  # a head of one pair has frequency 1, whatever the base
+        exponent = D / max(D - 2, 1)  # D = 2 has frequency base ** 0 alone
         return (config.rope_theta * growth**exponent)[..., None]
 
     def turn_new_keys(self, k: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ class OpenLlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.config.head_dim)  # -1: all, or a share (tensor_parallel_plan)
+        heads = (B, T, -1, self.config.head_dim)  # -1: H, or a process's share of them
         q = self.q_proj(x).view(heads)
         k = self.k_proj(x).view(heads)
         v = self.v_proj(x).view(heads)
@@ -389,9 +389,9 @@ class OpenLlamaPreTrainedModel(nn.Module):
     def init_weights(self, module: nn.Module) -> None:
         """Draw a module's weights. For a module that you add: module.apply(self.init_weights)."""
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
-            return  # norms stay as they are; on meta, where models are loaded, there is nothing
+            return  # other modules keep theirs; on meta there is no memory to fill
         if isinstance(module, nn.Embedding) and self.config.use_stable_embedding:
-            nn.init.xavier_normal_(module.weight)  # as in transformers 4.31; smaller than others
+            nn.init.xavier_normal_(module.weight)  # std sqrt(2 / (V + C)), as in transformers
         else:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -490,7 +490,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     ) -> ModelOutput | tuple:
         """Run the decoder.
 
-        input_ids: (B, T); or inputs_embeds: (B, T, C), which skip the stable embedding's norm.
+        input_ids: (B, T); or inputs_embeds: (B, T, C), which skip its norm, as in transformers.
         attention_mask: (B, S), cached tokens included; 0 for padding, on any side, else 1.
           Documents packed into a row are numbered 1, 2, ...: each gives what it would alone.
         position_ids: (B|1, T); None: each document's tokens are counted.
@@ -512,7 +512,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
         eager = output_attentions or not config.use_memory_efficient_attention
         shared = Shared(
-            rotary=rotary_embedding(config, tokens, x.dtype),
+            rotary=rotary_embedding(config, tokens, type_of_queries(x)),
             attend=self.choose_attention(x, tokens, eager),
         )
         if use_cache or past_key_values is not None:
@@ -631,7 +631,7 @@ class Tokens:
     given: bool = False  # whether position_ids were ever given; else positions are counted
 
     def lengths(self) -> Tensor:
-        """How many tokens each one's document has so far, (B|1, S), or (1, 1) if all are of one."""
+        """How many tokens each token's document has so far: (B|1, S), or (1, 1) for one."""
         if self.documents is None:
             return self.positions.new_full((1, 1), self.positions.shape[1])
         return document_lengths(self.documents)
@@ -651,7 +651,7 @@ def locate_tokens(
     if attention_mask is not None:
         expect_shape("attention_mask", attention_mask, (B, S))
         documents = attention_mask.long()
-        # without padding, no mask is faster; compiled code cannot look, and keeps the mask
+        # if all is real, it is faster without documents; compiled code cannot ask, and keeps them
         if not torch.compiler.is_compiling() and bool(documents.eq(1).all()):
             documents = None
     if documents is None:
@@ -701,10 +701,11 @@ def count_positions(documents: Tensor) -> Tensor:
 
 
 def document_lengths(documents: Tensor) -> Tensor:
-    """How many tokens each one's document has, (B, S); padding belongs to the one before it.
+    """How many real tokens each token's document has, (B, S). Padding says what the document
+    before it has.
 
-    >>> document_lengths(torch.tensor([[1, 1, 0, 2, 2]]))
-    tensor([[2, 2, 2, 2, 2]])
+    >>> document_lengths(torch.tensor([[1, 1, 1, 0, 2, 2]]))
+    tensor([[3, 3, 3, 3, 2, 2]])
     """
     B, S = documents.shape
     number = document_begins(documents).cumsum(dim=1)  # 1, 2, ...; 0 before the first
@@ -734,7 +735,7 @@ def visible_keys(tokens: Tokens) -> Tensor:
 
 
 def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The label of the token after each of labels (B, T), or -100 where there is none to predict.
+    """For each token, the label of the next one, (B, T), or -100 if there is none to predict.
 
     >>> next_tokens(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[1, 1, 1, 2, 2]]))
     tensor([[   6,    7, -100,    9, -100]])
@@ -743,7 +744,8 @@ def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return targets
     documents = attention_mask[:, -labels.shape[1] :]
-    # > 1: in a mask of 0 and 1 nothing begins, and padding before a token changes nothing
+    # the first document may be predicted from what is before it, as in transformers, which knows
+    # masks of 0 and 1 only; who does not want that sets the label to -100
     begins = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] > 1)
     return targets.masked_fill(F.pad(begins, (0, 1)), -100)
 
@@ -820,14 +822,14 @@ class KVCache:
     def check(self, B: int, config: OpenLlamaConfig) -> None:
         layers = config.num_hidden_layers
         expect(len(self) == layers, f"past_key_values: {len(self)} layers, expected {layers}")
-        rows, H, S, D = self.keys[0].shape  # H is unknown: each process may have a share of them
+        rows, H, S, D = self.keys[0].shape  # H may be a process's share (tensor parallelism)
         expect(
             (rows, D) == (B, config.head_dim),
             f"past_key_values of shape {(rows, H, S, D)}: expected {(B, H, S, config.head_dim)}",
         )
 
     def extended_documents(self, new: Tensor) -> Tensor | None:
-        """Each token's document, (B, S), if the new ones go on with the last."""
+        """Each token's document, (B, S); the new ones are taken to go on with the last."""
         if self.documents is None:
             return None
         last = self.documents.amax(dim=1, keepdim=True)
@@ -952,7 +954,8 @@ def choose_attention(x: Tensor, tokens: Tokens, eager: bool) -> Callable:
     S = tokens.positions.shape[1]
     causal = tokens.documents is None and T in (1, S)  # fused_attention needs no mask
     square = T == S
-    if not eager and in_half_precision(x) and (tokens.documents is None or square):
+    half = x.is_cuda and type_of_queries(x) in (torch.float16, torch.bfloat16)
+    if not eager and half and (tokens.documents is None or square):
         attend = xformers_attention(tokens.documents)
         if attend is not None:
             return attend
@@ -1003,12 +1006,12 @@ def draw_kept(q: Tensor, k: Tensor, dropout_p: float) -> Tensor | None:
     return torch.rand(B, H, T, S, device=q.device, dtype=torch.float32) >= dropout_p
 
 
-def in_half_precision(x: Tensor) -> bool:
-    """Whether queries will be float16 or bfloat16 on CUDA; autocast makes them of its own type."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    return x.is_cuda and dtype in (torch.float16, torch.bfloat16)
+def type_of_queries(x: Tensor) -> torch.dtype:
+    """What projections of x are made of: autocast has a type of its own."""
+    device = x.device.type
+    if not x.is_meta and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def xformers_attention(documents: Tensor | None) -> Callable | None:
@@ -1100,7 +1103,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
             real = attention_mask[:, -T:] != 0
         elif pad is not None and input_ids is not None:
             real = input_ids != pad
-        else:  # a pad id tells nothing of inputs_embeds: they are taken to be whole, as in 4.31
+        else:  # as in transformers: inputs_embeds are taken to be whole, if there is a pad id
             expect(
                 B == 1 or pad is not None,
                 f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask",
@@ -1115,8 +1118,8 @@ def last_true(flags: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig) -> Tensor:
-    """The loss of a regression, or of one label or several: which, config.problem_type says, or
-    else num_labels and the type of the labels suggest."""
+    """The loss of a regression, or of one label or several. config.problem_type says which; if it
+    is None, num_labels and the type of the labels tell."""
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -1138,7 +1141,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig)
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-# --- 10. Checkpoints -------------------------------------------------------------------------
+# --- 10. Checks and checkpoints --------------------------------------------------------------
 
 # First, checks: of arguments, then of settings
 
@@ -1154,8 +1157,8 @@ def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """ValueError for what are no ids. Their range is checked on the CPU only: to read them from a
-    GPU would make it wait."""
+    """ValueError for ids that are not integers from 0 to size - 1. The range is checked on the CPU
+    only: to read them from a GPU would make it wait."""
     expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
     if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in ids.aminmax())
@@ -1221,7 +1224,7 @@ def check_config(config: OpenLlamaConfig) -> None:
     )
     act = config.hidden_act
     expect(
-        callable(act) or act in list(ACTIVATIONS),
+        callable(act) or act in list(ACTIVATIONS),  # a list, as what was given may not be hashable
         f"hidden_act={act!r}: expected a function or one of {list(ACTIVATIONS)}",
     )
     problems = ("regression", "single_label_classification", "multi_label_classification")
@@ -1275,7 +1278,7 @@ def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
         config.rope_scaling = {"type": kind, **numbers}
 
 
-LIBRARY_KEYS = {  # what transformers writes into config.json besides the model
+LIBRARY_KEYS = {  # what transformers writes into config.json besides the model, in groups
     *("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
     *("tokenizer_class", "sep_token_id", "label2id", "finetuning_task", "pretraining_tp"),
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p"),
@@ -1287,12 +1290,12 @@ LIBRARY_KEYS = {  # what transformers writes into config.json besides the model
 def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfig:
     """Read the contents of a config.json, in any spelling that transformers has used.
 
-    ValueError for a key that may change the model: one that is no field, not one of LIBRARY_KEYS,
-    not off (null, false, 0, empty), and not just another name for what holds anyway.
+    Allowed are fields, LIBRARY_KEYS, private keys (_...), what is off (null, false, 0, empty), and
+    sizes that this model has anyway. ValueError for any other key: it may change the model.
     """
     # transformers 4.31 and most checkpoints misspell a key: use_memorry_efficient_attention
     values = {key.replace("memorry", "memory"): value for key, value in values.items()}
-    kind = values.pop("model_type", "open-llama")  # convert_checkpoint.py takes others
+    kind = values.pop("model_type", "open-llama")  # for others there is a converter
     expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
     rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
     if rope_parameters:
@@ -1375,16 +1378,22 @@ def load_model(
         if name.split(".")[0] not in cls.ignores
         and not name.endswith("rotary_emb.inv_freq")  # computed, though old files hold it
     }
+    if dtype is None:
+        dtype = common_type(tensors)
     for name in cls.may_lack:
         if not any(key.startswith(f"{name}.") for key in tensors):
             warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
             tensors |= initialised(model, name)
     check_tensors(tensors, model.state_dict(), folder)
-    if dtype is None:
-        dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()])
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def common_type(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The type that holds all tensors' values."""
+    types = {tensor.dtype for tensor in tensors.values()}
+    return reduce(torch.promote_types, types or {torch.float32})
 
 
 def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]:
@@ -1460,8 +1469,8 @@ def resize_rows(model: OpenLlamaPreTrainedModel, module: nn.Module, size: int) -
 class Sampling:
     """How a text goes on: the settings of OpenLlamaForCausalLM.generate, which explains them.
 
-    For a filter of your own, subclass this
-    as a dataclass, with its settings as fields, and extend `filter`. ValueError for bad values.
+    A bad value is a ValueError. For a filter of your own, subclass this as a dataclass, with its
+    settings as fields, and extend `filter`.
     """
 
     max_new_tokens: int | None = None
@@ -1520,12 +1529,12 @@ class Sampling:
         )
         return pad
 
-    def choose(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """The next token of each row, (B,), from scores (B, V). seen (B, V): what rows hold."""
+    def choose(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """The next token of each row, (B,). scores (B, V); counts (B, V): how often it is there."""
         if self.repetition_penalty != 1:  # https://arxiv.org/abs/1909.05858
             penalty = self.repetition_penalty
             penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-            scores = torch.where(seen, penalised, scores)
+            scores = torch.where(counts > 0, penalised, scores)
         if not self.do_sample or self.temperature == 0:
             return scores.argmax(dim=-1)
         scores = self.filter(scores / self.temperature)
@@ -1544,8 +1553,8 @@ class Sampling:
 
 
 def outside_nucleus(scores: Tensor, p: float) -> Tensor:
-    """Which tokens are not of the nucleus: the fewest likeliest whose probabilities reach p
-    (https://arxiv.org/abs/1904.09751). (B, V), True for those outside.
+    """Which tokens are not in the nucleus, (B, V): the smallest set of the most likely tokens whose
+    probabilities add up to p or more (https://arxiv.org/abs/1904.09751).
 
     Of the probabilities 0.2, 0.5, 0.3 the last two reach 0.6. Seen from the other end: in
     ascending order the sums are 0.2, 0.5, 1.0, and what stays within 1 - p = 0.4 is left out.
@@ -1585,9 +1594,10 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
 
         attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
         sampling: all settings that follow in one object, in place of them; see Sampling.
-        max_new_tokens: None: as many as make max_length, prompt included; if that is None too,
+        max_new_tokens: None: until prompt and new tokens are max_length together, which defaults to
           max_position_embeddings.
-        do_sample: draw the next token; else take the likeliest, whatever the next three say.
+        do_sample: draw the next token; else take the likeliest (temperature, top_k and top_p are
+          then ignored).
         temperature: scores are divided by it; 0: take the likeliest.
         top_k, top_p: draw from the k likeliest, and of these from the fewest that reach p.
         repetition_penalty: above 1, what a row already holds gets less likely.
@@ -1661,6 +1671,7 @@ def stream_tokens(
     pad = sampling.padding(config)
     ends = torch.tensor(sampling.ends(config), dtype=torch.long, device=ids.device)
 
+    # how often a row holds each token; a count, so that its padding may add 0 to the same token
     counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     last = last_true(own)[:, None]  # (B, 1): the places of the tokens that rows go on from
@@ -1669,17 +1680,16 @@ def stream_tokens(
     mode = inference_mode_for(model)
     for n in range(count):
         with mode():
-            if (
-                sampling.compile and n == 1
-            ):  # after the prompt; of the rest all but the last are fed
+            if sampling.compile and n == 1:  # the prompt is in; the last token drawn is never fed
                 cache = FixedKVCache(cache, capacity=cache.length + count - 1)
                 step = compiled_step()
             scores, cache = step(model, ids, mask, cache, last)
             if sampling.repetition_penalty != 1:
                 counts.scatter_add_(1, ids.long(), own.long())
-            token = sampling.choose(scores, seen=counts > 0)
-            token = token.where(~done, pad)
-            done |= torch.isin(token, ends)
+            token = sampling.choose(scores, counts)
+            if len(ends) > 0:
+                token = token.where(~done, pad)
+                done |= torch.isin(token, ends)
         yield token.clone()  # unlike a tensor made in inference mode, it may be used in training
         if len(ends) > 0 and bool(done.all()):
             return
@@ -1725,8 +1735,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Compiled, a single token's product is written as the sum that it is, for which torch.compile
     makes a loop that runs at the speed of memory. And in inference, that is under
-    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's: MKL,
-    PyTorch's choice, uses half of an AMD processor, and one thread of it for a single token.
+    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's. That has
+    up to twice the speed of MKL, PyTorch's choice, on AMD, and MKL takes a single token on one
+    thread. The last three arguments say that nothing is done to the result.
     """
     if torch.compiler.is_compiling():
         if is_single_token(x, weight):
@@ -1831,6 +1842,7 @@ class FixedKVCache(KVCache):
 def compiled_step() -> Callable:
     """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
     print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
+    # models of other sizes and settings compile it anew, up to the limit
     return torch.compile(next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
 
 
@@ -1869,7 +1881,7 @@ class ByteTokenizer:
         return [byte + 3 for byte in text.encode()]
 
     def decode(self, ids: list[int]) -> str:
-        return bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
+        return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -2011,7 +2023,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-# a number here makes an option there
+# each number here is an option of the command line
 COMMAND_LINE_DEFAULTS = Sampling(
     max_new_tokens=128, do_sample=True, temperature=0.8, top_k=50, top_p=1.0
 )
@@ -2135,6 +2147,7 @@ class Writer:
 
     def chat(self, line: str) -> None:
         """Answer `line`, if any, then each line of stdin: user:{line}\\nsystem:{answer}</s> ..."""
+        # the instruct models were trained so, without a token to begin with
         log("each line is a turn; Ctrl-D ends the conversation")
         ids = []
         line = line or sys.stdin.readline()
@@ -2183,11 +2196,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        # or what Python still has to write when it ends would fail once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        if isinstance(error, ImportError):
+        if isinstance(error, ModuleNotFoundError):
             message += f" - pip install {error.name}"
         log(f"openllama.py: error: {message}")
         return 2

@@ -1063,6 +1063,10 @@ def test_checkpoints_load_into_the_other_models(tmp_path):
     with pytest.warns(UserWarning, match="score"):
         classifier = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "lm")
     assert torch.equal(classifier.model(ids)[0], model.model(ids)[0])
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "half")
+    with pytest.warns(UserWarning, match="score"):  # a fresh head does not make it float32
+        half = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "half")
+    assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
     assert classifier(ids).logits.isfinite().all() and classifier.score.weight.std() > 0
     classifier.save_pretrained(tmp_path / "classifier")
     assert torch.equal(
@@ -1553,6 +1557,25 @@ def test_logits_may_be_changed_in_place():
 def test_autocast_is_obeyed(recording):
     with torch.set_grad_enabled(recording), torch.autocast("cpu", torch.bfloat16):
         assert openllama.Linear(4, 4)(torch.ones(2, 4)).dtype == torch.bfloat16
+
+
+@backend
+@pytest.mark.parametrize("rope", ("plain", "dynamic"))
+def test_under_autocast_queries_keys_and_values_are_of_one_type(efficient, rope, monkeypatch):
+    """As xformers wants them; all is rounded to bfloat16, as in a model of bfloat16."""
+    model = tiny(rope_scaling=ROPES[rope], use_memory_efficient_attention=efficient)
+    ids, types = batch("none")[0], []
+    choose = openllama.choose_attention
+
+    def spy(*args):
+        attend = choose(*args)
+        return lambda q, k, v, p: types.append({q.dtype, k.dtype, v.dtype}) or attend(q, k, v, p)
+
+    monkeypatch.setattr(openllama, "choose_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids).logits
+    assert types == [{torch.bfloat16}] * 2
+    assert_close(logits, model(ids).logits, bfloat16_bound(2))
 
 
 def test_generation_is_not_disturbed_by_training_settings():
