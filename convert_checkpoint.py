@@ -64,6 +64,7 @@ COPIED = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
 ]
 
