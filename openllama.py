@@ -21,7 +21,8 @@ Part one is the model.            Part two is what makes it practical.
   5 Language model                 10 Checks and checkpoints
                                    11 Sampling
                                    12 Speed
-                                   13 Command line
+                                   13 Text
+                                   14 Command line
 
 Shapes are written in these letters:
 
@@ -42,6 +43,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -49,6 +51,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial, reduce
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -122,8 +125,9 @@ class OpenLlamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: Folder) -> OpenLlamaConfig:
-        """Read `folder`/config.json. OSError where there is none, ValueError if it is broken."""
-        return cls.from_dict(read_json(Path(folder) / "config.json"))
+        """Read `folder`/config.json, and from generation_config.json, if any, what ends a text.
+        OSError where there is none, ValueError if it is broken."""
+        return load_config(cls, Path(folder))
 
     def save_pretrained(self, folder: Folder, **more: object) -> None:
         """Write `folder`/config.json, with the keys of `more` added."""
@@ -191,7 +195,7 @@ class LinearScaling(RotaryEmbedding):
 
 
 class DynamicNTKScaling(RotaryEmbedding):
-    """The base grows with the text (https://arxiv.org/abs/2309.00071, appendix A).
+    """The base grows with the text (https://arxiv.org/abs/2309.00071).
 
     As it grows, the angles of earlier tokens change too. So the cache holds keys unturned, and
     all keys of a document are turned, by the same base, whenever they are used. (transformers 4.31
@@ -254,7 +258,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def cos_and_sin(
     positions: Tensor, frequencies: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What `rotate` takes, each (B|1, T, 1, D), for positions (B|1, T); computed in float32.
+    """What `rotate` takes, each (B|1, T, 1, D), for positions (B|1, T), or S in place of T; in
+    float32 until the end.
 
     The first half of a head gets the angle -t, the second t. As cos(-t) = cos(t), and sin(-t) =
     -sin(t), this puts the minus of a cos - b sin into the sine.
@@ -405,8 +410,9 @@ class OpenLlamaPreTrainedModel(nn.Module):
     ) -> OpenLlamaPreTrainedModel:
         """Load config.json and model.safetensors, or shards, of a folder, in evaluation mode.
 
-        Weights are mapped from the files, and copied only where dtype (None: as stored) or
-        device (None: CPU) ask for it. ValueError tells all that does not fit.
+        Weights are mapped from the files, and copied only where dtype (None: the one that holds
+        all of them, as a rule their own) or device (None: CPU) ask for it. ValueError tells all
+        that does not fit.
         """
         return load_model(cls, Path(folder), dtype, device)
 
@@ -490,7 +496,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     ) -> ModelOutput | tuple:
         """Run the decoder.
 
-        input_ids: (B, T); or inputs_embeds: (B, T, C), which skip its norm, as in transformers.
+        input_ids: (B, T); or inputs_embeds: (B, T, C), in place of the embedding and its norm.
         attention_mask: (B, S), cached tokens included; 0 for padding, on any side, else 1.
           Documents packed into a row are numbered 1, 2, ...: each gives what it would alone.
         position_ids: (B|1, T); None: each document's tokens are counted.
@@ -512,7 +518,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
         eager = output_attentions or not config.use_memory_efficient_attention
         shared = Shared(
-            rotary=rotary_embedding(config, tokens, type_of_queries(x)),
+            rotary=rotary_embedding(config, tokens, dtype=type_of_queries(x)),
             attend=self.choose_attention(x, tokens, eager),
         )
         if use_cache or past_key_values is not None:
@@ -744,8 +750,8 @@ def next_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return targets
     documents = attention_mask[:, -labels.shape[1] :]
-    # the first document may be predicted from what is before it, as in transformers, which knows
-    # masks of 0 and 1 only; who does not want that sets the label to -100
+    # where document 1 begins after padding, its first token stays a target, as in transformers,
+    # which knows no other documents; a label of -100 says otherwise
     begins = (documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] > 1)
     return targets.masked_fill(F.pad(begins, (0, 1)), -100)
 
@@ -803,7 +809,7 @@ class KVCache:
         return (self[layer] for layer in range(len(self)))
 
     def __repr__(self) -> str:
-        length = int(self.length)
+        length = int(self.length)  # which is a tensor in FixedKVCache
         return f"{type(self).__name__}(layers={len(self)}, {length=}, capacity={self.capacity})"
 
     def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
@@ -853,10 +859,22 @@ class KVCache:
             return buffers[layer]
         if buffers[layer].shape[2] < S:
             self.capacity = max(S, 2 * self.length, self.capacity)
-            buffers[layer] = x.new_empty(B, H, self.capacity, D)
+            with torch.inference_mode(False):  # or only inference mode could write to it later
+                buffers[layer] = x.new_empty(B, H, self.capacity, D)
             buffers[layer][:, :, : self.length] = past
         buffers[layer][:, :, self.length : S] = x
         return buffers[layer][:, :, :S]
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        self.length = min(self.length, length)
+        self.capacity = self.length  # what is behind may be another's, and must not be written to
+        self.keys = [key[:, :, : self.length] for key in self.keys]
+        self.values = [value[:, :, : self.length] for value in self.values]
+        if self.documents is not None:
+            self.documents = self.documents[:, :length]
+        if self.positions is not None:
+            self.positions = self.positions[:, :length]
 
     def commit(self, tokens: Tokens) -> None:
         """Count the new tokens in."""
@@ -1007,7 +1025,7 @@ def draw_kept(q: Tensor, k: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def type_of_queries(x: Tensor) -> torch.dtype:
-    """What projections of x are made of: autocast has a type of its own."""
+    """The type of the queries that are projected from x: x's own, unless autocast sets another."""
     device = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -1103,7 +1121,8 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
             real = attention_mask[:, -T:] != 0
         elif pad is not None and input_ids is not None:
             real = input_ids != pad
-        else:  # as in transformers: inputs_embeds are taken to be whole, if there is a pad id
+        else:  # nothing tells padding: rows are taken to be whole, as in transformers, which
+            # refuses several rows where the model has no pad id at all
             expect(
                 B == 1 or pad is not None,
                 f"cannot tell where {B} rows end: pad_token_id=None, no attention_mask",
@@ -1244,12 +1263,13 @@ def check_number(name: str, value: object, kind: type) -> None:
 
 
 def check_token_id(name: str, value: object) -> None:
+    if value is None:
+        return
     ids = value
     if not isinstance(value, list):
         ids = [value]
     for token in ids:
-        ok = token is None or type(token) is int
-        expect(ok, f"{name}={value!r}: expected a token's id or None")
+        expect(type(token) is int, f"{name}={value!r}: expected a token's id or None")
 
 
 def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
@@ -1325,6 +1345,33 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_json_if_there(path: Path) -> dict:
+    if path.is_file():
+        return read_json(path)
+    return {}
+
+
+def load_config(cls: type[OpenLlamaConfig], folder: Path) -> OpenLlamaConfig:
+    convert = f"python convert_checkpoint.py {folder}"
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        raise FileNotFoundError(
+            f"there is no folder {folder}; if that is a name on the Hugging Face Hub: "
+            f"hf download {folder} --local-dir {folder}, then {convert} CONVERTED"
+        )
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type")
+    expect(
+        kind != "llama",
+        f"{folder} holds a LLaMA, which becomes an Open-Llama by: {convert} CONVERTED",
+    )
+    config = cls.from_dict(values)
+    ends = read_json_if_there(folder / "generation_config.json").get("eos_token_id")
+    if ends is not None:  # it counts more, as in transformers
+        check_token_id("eos_token_id", ends)
+        config.eos_token_id = ends
+    return config
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` once it is whole."""
@@ -1346,6 +1393,7 @@ def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
 
 
 def save_model(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     prefix = checkpoint_prefix(type(model))
@@ -1353,7 +1401,10 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     model.config.save_pretrained(folder, architectures=[type(model).__name__], torch_dtype=dtype)
     with replacing(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / 'model.safetensors'}: {error}") from None
 
 
 def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:
@@ -1385,9 +1436,17 @@ def load_model(
             warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
             tensors |= initialised(model, name)
     check_tensors(tensors, model.state_dict(), folder)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    tensors = {name: cast(name, tensor, device, dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def cast(name: str, tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(device, dtype)
+    if result.dtype != tensor.dtype:
+        finite = bool(result.isfinite().all())
+        expect(finite, f"{name} does not fit into {dtype}: it holds {tensor.abs().max():.4g}")
+    return result
 
 
 def common_type(tensors: dict[str, Tensor]) -> torch.dtype:
@@ -1427,10 +1486,17 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     if index.is_file() and not (folder / "model.safetensors").is_file():
         weight_map = read_json(index).get("weight_map") or {}
         files = {str(file) for file in weight_map.values()}
+    elif not (folder / "model.safetensors").is_file():
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        message = f"{folder} has no model.safetensors"
+        if pickles:
+            message += f", but {pickles[0]}: python convert_checkpoint.py {folder} CONVERTED"
+        raise FileNotFoundError(message)
     tensors = {}
     for file in sorted(files):
         beside = Path(file).name == file
         expect(beside, f"{index}: {file!r} is not the name of a file beside it")
+        expect_no_pointer(folder / file)
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 tensors |= {name: shard.get_tensor(name) for name in list(shard.keys())}
@@ -1438,6 +1504,15 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
             message = f"{folder / file} is not a whole safetensors file: {error}"
             raise ValueError(message) from None
     return tensors
+
+
+def expect_no_pointer(path: Path) -> None:
+    """ValueError for what git leaves in place of a large file that was not downloaded."""
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(40)
+        pointer = begin.startswith(b"version https://git-lfs")
+        expect(not pointer, f"{path} is a git-lfs pointer, not the file: git lfs pull gets it")
 
 
 def resize_vocabulary(model: OpenLlamaPreTrainedModel, size: int) -> nn.Embedding:
@@ -1577,6 +1652,7 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         input_ids: Tensor | list,
         attention_mask: Tensor | list | None = None,
         sampling: Sampling | None = None,
+        past_key_values: KVCache | None = None,
         *,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
@@ -1594,6 +1670,8 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
 
         attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
         sampling: all settings that follow in one object, in place of them; see Sampling.
+        past_key_values: a cache of the first tokens of input_ids, which need not be computed again;
+          it is extended in place, by all tokens but the last (if compiled, by the prompt alone).
         max_new_tokens: None: until prompt and new tokens are max_length together, which defaults to
           max_position_embeddings.
         do_sample: draw the next token; else take the likeliest (temperature, top_k and top_p are
@@ -1620,7 +1698,7 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
                 compile=compile,
             )
         input_ids = as_rows("input_ids", input_ids, self.output_weight.device)
-        new = list(self.stream(input_ids, attention_mask, sampling))
+        new = list(self.stream(input_ids, attention_mask, sampling, past_key_values))
         return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)
 
     def stream(
@@ -1628,12 +1706,16 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         input_ids: Tensor | list,
         attention_mask: Tensor | list | None = None,
         sampling: Sampling | None = None,
+        past_key_values: KVCache | None = None,
         **settings: object,
     ) -> Iterator[Tensor]:
         """What `generate` appends, step by step: the next token of each row, (B,)."""
         if sampling is None:
             sampling = Sampling(**settings)
-        return stream_tokens(self, input_ids, attention_mask, sampling)
+        cache = past_key_values
+        if cache is None:
+            cache = KVCache()
+        return stream_tokens(self, input_ids, attention_mask, sampling, cache)
 
 
 def as_rows(name: str, ids: Tensor | list, device: torch.device) -> Tensor:
@@ -1655,6 +1737,7 @@ def stream_tokens(
     input_ids: Tensor | list,
     attention_mask: Tensor | list | None,
     sampling: Sampling,
+    cache: KVCache,
 ) -> Iterator[Tensor]:
     """The next token of each row, (B,), step by step, until all rows have ended."""
     config = model.config
@@ -1671,19 +1754,29 @@ def stream_tokens(
     pad = sampling.padding(config)
     ends = torch.tensor(sampling.ends(config), dtype=torch.long, device=ids.device)
 
-    # how often a row holds each token; a count, so that its padding may add 0 to the same token
+    # how often a row holds each token. Padding adds 0: a mere flag of a token would be at risk
+    # where padding has the same id, and is written after it
     counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    last = last_true(own)[:, None]  # (B, 1): the places of the tokens that rows go on from
-    cache = KVCache()
+    T = ids.shape[1]
+    known = cache.length
+    last = last_true(own)[:, None] - known  # (B, 1): the tokens that rows go on from
+    expect(bool((last >= 0).all()), f"past_key_values of {known} tokens: input_ids has {T}")
+    fed = ids[:, known:]
     step = next_scores
+    if sampling.compile and count > 1:
+        compiled = compiled_step(ids.device)  # now, as it fails where there is no compiler
     mode = inference_mode_for(model)
     for n in range(count):
         with mode():
-            if sampling.compile and n == 1:  # the prompt is in; the last token drawn is never fed
-                cache = FixedKVCache(cache, capacity=cache.length + count - 1)
-                step = compiled_step()
-            scores, cache = step(model, ids, mask, cache, last)
+            if sampling.compile and n > 0:
+                filled = T + n - 1  # of the cache: all but the token that is fed now
+                if n == 1 or filled == cache.capacity:
+                    cache = FixedKVCache(cache, capacity=min(2 * filled, T + count - 1))
+                    step = compiled
+            scores, cache = step(model, fed, mask, cache, last)
+            likeliest = scores.amax(dim=-1)
+            expect(bool(likeliest.isfinite().all()), f"the model's scores hold {likeliest.max()}")
             if sampling.repetition_penalty != 1:
                 counts.scatter_add_(1, ids.long(), own.long())
             token = sampling.choose(scores, counts)
@@ -1693,7 +1786,7 @@ def stream_tokens(
         yield token.clone()  # unlike a tensor made in inference mode, it may be used in training
         if len(ends) > 0 and bool(done.all()):
             return
-        ids = token[:, None]
+        ids = fed = token[:, None]
         own = torch.ones_like(ids)
         mask = None  # the cache knows of padding
         last = 1  # not a place now: keep the last one's logits
@@ -1765,12 +1858,18 @@ def single_token_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is faster here, and nothing is active that has to see the product: oneDNN's
-    has no derivatives, no rule for vmap, and no count of its operations."""
+    has no derivatives, no rule for vmap, and no count of its operations.
+
+    A call of oneDNN costs some 30 microseconds more. That is little beside reading a large matrix,
+    or beside multiplying a smaller one with many rows, as in the prefill of a prompt.
+    """
+    rows = x.numel() // x.shape[-1]
+    large = weight.numel() >= 2**19 or rows * weight.numel() >= 2**25
     return (
         torch.is_inference_mode_enabled()  # never true where something is differentiated
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and weight.numel() >= 2**19  # its 30 microseconds a call are not worth it below
+        and large
         and type(weight) is nn.Parameter  # not sharded, not quantised
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
@@ -1803,20 +1902,22 @@ class FixedKVCache(KVCache):
     """A cache of which no tensor ever changes its shape or place, for the compiled step.
 
     It always shows all its positions; those yet to come are padding. `length` is a tensor, (1,).
-    Only `generate` makes one, without position_ids.
     """
 
     def __init__(self, cache: KVCache, capacity: int):
         super().__init__()
-        rest = capacity - cache.length
+        given = "cannot compile with past_key_values whose position_ids were given"
+        expect(cache.positions is None, given)
+        length = int(cache.length)
+        rest = capacity - length
         self.keys = [F.pad(key, (0, 0, 0, rest)) for key, _ in cache]
         self.values = [F.pad(value, (0, 0, 0, rest)) for _, value in cache]
         self.capacity = capacity
-        self.length = torch.tensor([cache.length], device=self.keys[0].device)
+        self.length = torch.tensor([length], device=self.keys[0].device)
         documents = cache.documents
         if documents is None:
-            documents = self.length.new_ones(1, cache.length)
-        self.documents = F.pad(documents, (0, rest))
+            documents = self.length.new_ones(1, length)
+        self.documents = F.pad(documents[:, :length], (0, rest))
         for tensor in (*self.keys, *self.values, self.documents, self.length):
             torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may write to it
 
@@ -1839,8 +1940,9 @@ class FixedKVCache(KVCache):
 
 
 @lru_cache
-def compiled_step() -> Callable:
+def compiled_step(device: torch.device) -> Callable:
     """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
+    torch.compile(torch.neg)(torch.ones(1, device=device))  # fails if there is no compiler
     print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
     # models of other sizes and settings compile it anew, up to the limit
     return torch.compile(next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
@@ -1861,47 +1963,148 @@ def tensor_parallel_plan() -> dict:
     return plan
 
 
-# --- 13. Command line ------------------------------------------------------------------------
+# --- 13. Text --------------------------------------------------------------------------------
+
+# First, tokenizers. encode(text, special) makes ids, with the special ones that a text begins
+# with, if special; decode(ids) makes text, without special ones.
 
 
 class NumberTokenizer:
     """Ids as numbers, in place of text: "1,2,3", or with spaces."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        return [int(number) for number in text.replace(",", " ").split()]
+        words = text.replace(",", " ").split()
+        expect(all(word.isdecimal() for word in words), f"{text!r}: expected ids, as in 1,2,3")
+        return [int(word) for word in words]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{number} " for number in ids)
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8, after three ids for pad, end and unknown, as ByT5 has them."""
+    """The bytes of UTF-8, after three special tokens, as ByT5 has them."""
+
+    special_ids = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        return [byte + 3 for byte in text.encode()]
+        ids = []
+        for part in re.split("(<pad>|</s>|<unk>)", text):
+            if part in self.special_ids:
+                ids.append(self.special_ids[part])
+            else:
+                ids += [byte + 3 for byte in part.encode()]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
 
 
-class SentencePieceTokenizer:
-    """tokenizer.model; `bos`, if any, begins each text."""
+@dataclass
+class AddedToken:
+    """A token that a text holds by its name, and that sentencepiece would split into letters."""
 
-    def __init__(self, path: Path, bos: int | None):
+    id: int
+    special: bool  # not a part of decoded text
+    lstrip: bool  # whether the whitespace before it is dropped
+    rstrip: bool  # ... or after it
+
+
+class SentencePieceTokenizer:
+    """tokenizer.model, and the tokens that the files beside it add, as transformers 4.31 has it."""
+
+    def __init__(self, folder: Path, settings: dict, bos: int | None):
+        """settings: of tokenizer_config.json; bos: what a text begins with, if anything."""
         from sentencepiece import SentencePieceProcessor
 
-        self.model = SentencePieceProcessor(model_file=str(path))
-        self.bos = bos
+        path = folder / "tokenizer.model"
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a model of sentencepiece: {error}") from None
+        self.size = self.model.get_piece_size()
+        self.bos = bos if settings.get("add_bos_token", True) else None
+        self.tokens = read_added_tokens(folder, settings, self.model)
+        self.names = {
+            token.id: name for name, token in self.tokens.items() if token.id >= self.size
+        }
+        self.special_ids = {token.id for token in self.tokens.values() if token.special}
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        either = "|".join(map(re.escape, longest_first)) or "(?!)"  # which is found nowhere
+        self.pattern = re.compile(f"({either})")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        ids = self.model.encode(text)
+        ids = []
         if special and self.bos is not None:
-            return [self.bos, *ids]
+            ids.append(self.bos)
+        parts = self.pattern.split(text)  # text, name, text, ..., name, text
+        for n, part in enumerate(parts):
+            if n % 2 == 1:
+                ids.append(self.tokens[part].id)
+                continue
+            if n > 0 and self.tokens[parts[n - 1]].rstrip:
+                part = part.lstrip()
+            if n + 1 < len(parts) and self.tokens[parts[n + 1]].lstrip:
+                part = part.rstrip()
+            ids += self.model.encode(part)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        size = self.model.get_piece_size()
-        return self.model.decode([i for i in ids if i < size])
+        kept = [i for i in ids if i not in self.special_ids]
+        texts = []
+        for added, run in groupby(kept, key=self.names.__contains__):
+            if added:
+                texts += [self.names[i] for i in run]
+            else:
+                texts.append(self.model.decode([i for i in run if i < self.size]))
+        return " ".join(texts)
+
+
+def read_added_tokens(folder: Path, settings: dict, model: object) -> dict[str, AddedToken]:
+    """The tokens that files beside tokenizer.model name: special ones, and those that are no piece.
+
+    A token that is a string, not an object with settings, drops the whitespace around it, except
+    four that tokenizer_config.json may name: so it is in transformers 4.31.
+    """
+    tokens = {}
+
+    def add(entry: str | dict, number: int, special: bool = False, strip: bool = True) -> None:
+        if isinstance(entry, str):
+            entry = {"content": entry, "lstrip": strip, "rstrip": strip}
+        name = content(entry)
+        special = special or bool(entry.get("special")) or (name in tokens and tokens[name].special)
+        lstrip = bool(entry.get("lstrip"))
+        tokens[name] = AddedToken(number, special, lstrip, rstrip=bool(entry.get("rstrip")))
+
+    added = read_json_if_there(folder / "added_tokens.json")
+    for name, number in added.items():
+        add(name, number)
+    unstripped = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
+    named = [(entry, role not in unstripped) for role, entry in roles(unstripped | settings)]
+    mapped = roles(read_json_if_there(folder / "special_tokens_map.json"))
+    named += [(entry, True) for _, entry in mapped]
+    for entry, strip in named:
+        name = content(entry)
+        add(entry, added.get(name, model.piece_to_id(name)), special=True, strip=strip)
+    for entry in read_json_if_there(folder / "tokenizer.json").get("added_tokens") or []:
+        add(entry, entry["id"])
+    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+        add(entry, int(number))
+    unknown = model.unk_id()  # the id of all that is not in the model
+    unk = model.id_to_piece(unknown)
+    return {name: token for name, token in tokens.items() if token.id != unknown or name == unk}
+
+
+def roles(settings: dict) -> list[tuple[str, str | dict]]:
+    """The special tokens that a file names, as ("eos_token", "</s>")."""
+    named = [(role, entry) for role, entry in settings.items() if role.endswith("_token")]
+    named += [("additional", entry) for entry in settings.get("additional_special_tokens") or []]
+    # others are switches, as add_bos_token, or null
+    return [(role, entry) for role, entry in named if isinstance(entry, str | dict)]
+
+
+def content(entry: str | dict) -> str:
+    """The name of a token, which is a string, or an object with settings."""
+    return entry if isinstance(entry, str) else entry["content"]
 
 
 class JsonTokenizer:
@@ -1910,7 +2113,12 @@ class JsonTokenizer:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer
 
-        self.model = Tokenizer.from_file(str(path))
+        try:
+            self.model = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers has no narrower class
+            raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        self.model.no_padding()  # the file may ask for both
+        self.model.no_truncation()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self.model.encode(text, add_special_tokens=special).ids
@@ -1923,15 +2131,16 @@ Tokenizer = NumberTokenizer | ByteTokenizer | SentencePieceTokenizer | JsonToken
 
 
 def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
-    """The tokenizer of a checkpoint. encode(text, special) makes ids, with the special ones that a
-    text begins or ends with, if special; decode(ids) makes text."""
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
+    """The tokenizer of a checkpoint; bos: the id that a text begins with, for tokenizer.model."""
+    settings = read_json_if_there(folder / "tokenizer_config.json")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        expect_no_pointer(folder / name)
     if (folder / "tokenizer.model").is_file():
-        if not settings.get("add_bos_token", True):
-            bos = None
-        return SentencePieceTokenizer(folder / "tokenizer.model", bos)
+        try:
+            return SentencePieceTokenizer(folder, settings, bos)
+        except (LookupError, TypeError, AttributeError) as error:
+            message = f"{folder}: a file beside tokenizer.model names no tokens: {error!r}"
+            raise ValueError(message) from None
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json")
     if settings.get("tokenizer_class") == "ByT5Tokenizer":
@@ -1940,27 +2149,121 @@ def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
     raise FileNotFoundError(message)
 
 
+def special_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The id of a special token, by its name; None for other text."""
+    ids = tokenizer.encode(text, special=False)
+    if len(ids) == 1 and tokenizer.decode(ids) == "":
+        return ids[0]
+    return None
+
+
+# Then, what a conversation looks like to the model. A message is {"role": "system", "user" or
+# "assistant", "content": text}; a format writes a list of them as the text to be continued.
+
+
+def open_llama_chat(messages: list[dict]) -> str:
+    """The format of Open-Llama's instruct models.
+
+    >>> question = {"role": "user", "content": "Hi!"}
+    >>> open_llama_chat([question, {"role": "assistant", "content": "Hello."}, question])
+    'user:Hi!\\nsystem:Hello.</s>user:Hi!\\nsystem:'
+    """
+    forms = {"user": "user:{}\nsystem:", "assistant": "{}</s>"}
+    for message in messages:
+        role = message["role"]
+        expect(role in forms, f"this model's chat format has no {role} text")
+    return "".join(forms[message["role"]].format(message["content"]) for message in messages)
+
+
+def chat_format(folder: Path) -> Callable[[list[dict]], str]:
+    """A checkpoint's chat template, or Open-Llama's format where it has none."""
+    settings = read_json_if_there(folder / "tokenizer_config.json")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # of several, by name
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    if template is None:
+        return open_llama_chat
+    expect(isinstance(template, str), f"{folder}: the chat template is no text: {template!r:.60}")
+    settings = read_json_if_there(folder / "special_tokens_map.json") | settings
+    names = {role: content(entry) for role, entry in roles(settings)}
+    return template_chat(template, names)
+
+
+def template_chat(template: str, names: dict[str, str]) -> Callable[[list[dict]], str]:
+    """A template of Jinja, with what transformers gives to it; names: as bos_token="<s>"."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: object, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = time.strftime
+
+    def render(messages: list[dict]) -> str:
+        try:
+            parsed = environment.from_string(template)
+            return parsed.render(messages=messages, add_generation_prompt=True, **names)
+        except Exception as error:  # a template may do anything, as divide by zero
+            raise ValueError(f"the chat template says: {error}") from None
+
+    return render
+
+
+# Last, text as it comes
+
+
 def stream_text(
-    decode: Callable, prompt: list[int], new: Iterable[int], stop: str
+    decode: Callable, prompt: list[int], new: Iterable[int], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of the new ids as they come, in whole characters, up to `stop`."""
-    ids = list(prompt)
-    start = len(decode(prompt))
-    text = ""
-    shown = 0
-    held_back = max(len(stop) - 1, 0)  # the last characters may be the beginning of `stop`
+    """The text of the new ids as they come, in whole characters, up to the first of `stops`."""
+    longest = max((len(stop) for stop in stops), default=1)
+    held = ""  # the last characters, which may be the beginning of a stop
+    for piece in whole_characters(decode, prompt, new):
+        held += piece
+        places = [held.index(stop) for stop in stops if stop in held]
+        if places:
+            yield held[: min(places)]
+            return
+        end = max(len(held) - (longest - 1), 0)
+        yield held[:end]
+        held = held[end:]
+    yield held
+
+
+def whole_characters(decode: Callable, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
+    """The text that each new id adds; nothing while a character has come in part.
+
+    Only the last tokens are decoded, with some before them: decoded alone, a token would lose its
+    leading space.
+    """
+    window = prompt[-8:]
+    shown = len(decode(window))
     for token in new:
-        ids.append(token)
-        text = decode(ids)[start:]  # decoded alone, a token would lose its leading space
-        if stop and stop in text:
-            text = text[: text.index(stop)]
-            break
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character, so far
-        end = len(whole) - held_back
-        if end > shown:
-            yield whole[shown:end]
-            shown = end
-    yield text[shown:]
+        window.append(token)
+        text = decode(window)
+        end = len(text)
+        while end > len(text) - 3 and text[:end].endswith("\N{REPLACEMENT CHARACTER}"):
+            end -= 1  # up to three bytes of a character that has four
+        yield text[shown:end]
+        shown = max(shown, end)
+        if len(window) > 32:
+            window = window[-8:]
+            shown = len(decode(window)) - (len(text) - end)
+    yield decode(window)[shown:]
+
+
+# --- 14. Command line ------------------------------------------------------------------------
 
 
 def zen_of_python() -> str:
@@ -1970,16 +2273,14 @@ def zen_of_python() -> str:
     return codecs.decode(this.s, "rot13")
 
 
-def demo_checkpoint(folder: Path) -> Path:
+def demo_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A byte-level model that knows the Zen of Python by heart, trained on first use."""
     if (folder / "model.safetensors").is_file():  # the last to be written
         return folder
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
     settings = '{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n'
     (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
-    end = 1
-    data = torch.tensor([*ByteTokenizer().encode(zen_of_python()), end])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = OpenLlamaConfig(
         vocab_size=259,
         hidden_size=128,
@@ -1987,32 +2288,44 @@ def demo_checkpoint(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         bos_token_id=None,
-        eos_token_id=end,
+        eos_token_id=1,
         initializer_range=0.1,
         hidden_dropout_prob=0,
         attention_dropout_prob=0,
     )
     model = OpenLlamaForCausalLM(config)
-    train(model, data, steps=500, B=4, T=160, learning_rate=4e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other, in matrices as small as these
+    try:
+        learn_by_heart(model, zen_of_python() + "</s>")
+    finally:
+        torch.set_num_threads(threads)
     model.save_pretrained(folder)
     return folder
 
 
-def train(
-    model: OpenLlamaForCausalLM, data: Tensor, steps: int, B: int, T: int, learning_rate: float
-) -> None:
-    """Train on rows of T tokens from anywhere in data, which is read as a ring."""
-    optimizer = torch.optim.AdamW(model.parameters())
+def learn_by_heart(model: OpenLlamaForCausalLM, text: str, steps: int = 400) -> None:
+    """Train on the text, from the beginnings of its lines on, as if it were a ring."""
+    data = torch.tensor(ByteTokenizer().encode(text))
+    begins = torch.tensor([0] + [n + 1 for n, letter in enumerate(text) if letter == "\n"])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
-        starts = torch.randint(len(data), (B, 1))
+        B = 4
+        T = 160
+        if step % 4 == 0:  # or attention to all of it would never be trained
+            B = 1
+            T = len(data)
+        starts = begins[torch.randint(len(begins), (B, 1))]
         batch = data[(starts + torch.arange(T)) % len(data)]  # (B, T)
         loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        warmup = min(1, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = 4e-3 * warmup * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-        progress = f"\rtraining the demo: step {step + 1}/{steps}, loss {loss:.3f} "
-        print(progress, end="", file=sys.stderr, flush=True)
+        if (step + 1) % (steps // 20) == 0:
+            share = (step + 1) / steps
+            print(f"\rtraining the demo: {share:.0%}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
 
@@ -2036,7 +2349,13 @@ def number_fields(sampling: Sampling) -> dict[str, int | float]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description="Sample text from an Open-Llama checkpoint, or a demo.")
+    parser = ArgumentParser(
+        description="Sample text from an Open-Llama checkpoint, or from a demo.",
+        epilog="A chat is written as the checkpoint's chat template says, or else as Open-Llama's "
+        "instruct models have it: user:{question}\\nsystem:{answer}</s>user:... Each line of stdin "
+        "is a turn; one that ends in a backslash goes on in the next line. Ctrl-C ends an answer, "
+        "Ctrl-D the chat.",
+    )
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -2050,36 +2369,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids")
     for name, value in number_fields(COMMAND_LINE_DEFAULTS).items():
         option = "--" + name.replace("_", "-")
-        add(option, type=type(value), default=value, metavar="N", help="default: %(default)s")
-    add("--num-samples", type=int, default=1, metavar="N", help="default: %(default)s")
+        add(option, type=type(value), metavar="N", help=f"default: {value}")
+    add("--num-samples", type=int, default=1, metavar="N", help="default: 1")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--stop", default="", metavar="TEXT", help="end before this text")
     add(
-        "--chat",
-        action="store_true",
-        help="hold a conversation: each line of stdin is a turn, after --prompt",
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end before this text, or at this special token; \n and \t are read; may be repeated",
     )
+    add("--chat", action="store_true", help="hold a conversation, which --prompt may begin")
+    add("--system", metavar="TEXT", help="what the chat template tells the model at first")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="default: as stored")
-    devices = ["auto", "cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    add("--device", choices=devices, default="auto")
+    add("--device", metavar="NAME", help="as cpu, cuda:1, mps; default: the accelerator, if any")
     add(
         "--compile",
         action="store_true",
         help="compile the decoding step: 15 seconds first, then faster",
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    add(
-        "--demo-dir",
-        type=Path,
-        default=cache / "openllama-demo",
-        metavar="FOLDER",
-        help="default: %(default)s",
-    )
+    add("--demo-dir", type=Path, metavar="FOLDER", help="default: ~/.cache/openllama-zen")
     args = parser.parse_args(argv)
     expect(args.num_samples > 0, f"--num-samples {args.num_samples}: expected at least 1")
+    seed = args.seed or 0
+    expect(-(2**63) <= seed < 2**64, f"--seed {seed}: expected 64 bits")
+    expect(all(args.stop), "--stop: expected a text")
+    expect(args.chat or args.system is None, "--system: expected --chat, too")
+    expect(not args.chat or args.prompt_ids is None, "--chat takes text, and not --prompt-ids")
     return args
 
 
@@ -2087,105 +2404,295 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue, less the newline that echo and editors append."""
-    prompt = args.prompt_ids or args.prompt
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The text to continue, or None. Files lose the newline that editors append."""
+    prompt = args.prompt_ids
     if args.prompt_file:
-        prompt = args.prompt_file.read_text("utf-8")
-    elif prompt == "-":
-        prompt = sys.stdin.read()
-    elif not prompt and not args.checkpoint and not args.chat:
-        prompt = "Beautiful is better"
-    return (prompt or "").removesuffix("\n")
+        prompt = args.prompt_file.read_text("utf-8", errors="surrogateescape").removesuffix("\n")
+    elif args.prompt == "-":
+        expect(sys.stdin is not None, "--prompt -: stdin is closed")
+        prompt = sys.stdin.read().removesuffix("\n")
+    elif args.prompt is not None:
+        prompt = args.prompt
+    if prompt is not None:
+        expect_utf8(prompt)
+    return prompt
+
+
+def expect_utf8(text: str) -> None:
+    """ValueError for the surrogates by which Python stands in for bytes that it cannot decode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {text[error.start :]!r:.20}") from None
+
+
+def find_device(name: str | None) -> torch.device:
+    found = torch.device("cpu")
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator()
+    if name is None:
+        return found
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected a device of torch, as cpu or cuda:1") from None
+    here = device.type in ("cpu", found.type)
+    if here and device.type != "cpu" and device.index is not None:
+        here = device.index < torch.accelerator.device_count()
+    expect(here, f"--device {name}: torch {torch.__version__} finds none here, but {found}")
+    return device
+
+
+def context_length(config: OpenLlamaConfig) -> int:
+    """How many tokens a text may have for the model to make sense of it."""
+    scaling = config.rope_scaling or {}
+    return int(config.max_position_embeddings * scaling.get("factor", 1))
 
 
 class Writer:
-    """Continues texts on stdout, and tells on stderr how fast."""
+    """Continues texts on stdout, and tells on stderr how fast.
+
+    It keeps the cache, so that a prompt that begins as the last text did is read from there on.
+    """
 
     def __init__(
-        self, model: OpenLlamaForCausalLM, tokenizer: Tokenizer, sampling: Sampling, stop: str
+        self,
+        model: OpenLlamaForCausalLM,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stops: Iterable[str] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.stop = stop
         self.ends = sampling.ends(model.config)
+        self.stops = []
+        for stop in stops:
+            end = special_id(tokenizer, stop)
+            if end is None:
+                self.stops.append(stop)
+            else:
+                self.ends.append(end)
+        self.sampling = replace(sampling, eos_token_id=self.ends)
+        self.cache = KVCache()
+        self.ids = []  # the last prompt and its continuation, of which the cache holds the first
+        self.text = ""  # the continuation, as printed
+        self.cut = False  # whether it came to no end
+        self.warned = False
 
-    def write(self, prompt: list[int]) -> list[int]:
-        """Print a continuation as it is made; return prompt and continuation."""
-        ids = list(prompt)
-        times = [time.perf_counter()]
-
-        def new_tokens() -> Iterator[int]:
-            for token in self.model.stream([prompt], sampling=self.sampling):
-                ids.append(int(token))
-                times.append(time.perf_counter())
-                if ids[-1] not in self.ends:
-                    yield ids[-1]
-
-        for text in stream_text(self.tokenizer.decode, prompt, new_tokens(), self.stop):
-            print(text, end="", flush=True)
+    def write(self, prompt: list[int], max_new_tokens: int | None = None) -> None:
+        """Print a continuation as it is made. max_new_tokens: None: as sampling says."""
+        self.cache.crop(len(common_prefix(self.ids[: self.cache.length], prompt[:-1])))
+        read = len(prompt) - self.cache.length
+        self.ids = list(prompt)
+        self.text = ""
+        self.cut = False
+        self.times = [time.perf_counter()]
+        sampling = self.sampling
+        if max_new_tokens is not None:
+            sampling = replace(sampling, max_new_tokens=max_new_tokens)
+        new = self.new_tokens(sampling)
+        for piece in stream_text(self.tokenizer.decode, prompt, new, self.stops):
+            self.text += piece
+            print(piece, end="", flush=True)
         print(flush=True)
-        self.report(len(prompt), times)
-        return ids
+        self.report(read)
 
-    def report(self, prompt_length: int, times: list[float]) -> None:
-        """times: of the start, and of each token, in seconds."""
-        seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    def new_tokens(self, sampling: Sampling) -> Iterator[int]:
+        """The tokens up to the end, or to where they are cut off."""
+        self.mind_the_context()
+        stream = self.model.stream([self.ids], sampling=sampling, past_key_values=self.cache)
+        for token in stream:
+            self.ids.append(int(token))
+            self.times.append(time.perf_counter())
+            self.mind_the_context()
+            if self.ids[-1] in self.ends:
+                return
+            yield self.ids[-1]
+        self.cut = True
+
+    def mind_the_context(self) -> None:
+        config = self.model.config
+        length = context_length(config)
+        dynamic = config.rope_scaling is not None and config.rope_scaling["type"] == "dynamic"
+        if len(self.ids) > length and not dynamic and not self.warned:
+            log(f"the text is longer than the {length} tokens that the model is made for")
+            self.warned = True
+
+    def report(self, read: int) -> None:
+        """read: how many tokens of the prompt were not in the cache."""
+        seconds = [after - before for before, after in pairwise(self.times)]
         prefill, *steps = seconds
-        # the median step, as one of them includes compiling
-        decode = 1 / statistics.median(steps) if steps else math.nan
-        log(f"prefill {prompt_length / prefill:.1f} tokens/s, decode {decode:.1f} tokens/s")
-        if torch.cuda.is_initialized():
-            log(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+        figures = [f"prefill {read} tokens, {read / prefill:.1f} tokens/s"]
+        if steps:  # the median, as one of them includes compiling
+            figures.append(f"decode {1 / statistics.median(steps):.1f} tokens/s")
+        log("; ".join([*figures, *peak_memory()]))
+
+
+def common_prefix(a: list[int], b: list[int]) -> list[int]:
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return a[:length]
+
+
+def peak_memory() -> list[str]:
+    if torch.cuda.is_initialized():
+        return [f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"]
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # on Windows
+        return []
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
+    return [f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"]
+
+
+class Chat:
+    """A conversation, whose oldest turns are dropped when it gets too long for the model."""
+
+    def __init__(self, writer: Writer, format: Callable[[list[dict]], str], system: str | None):
+        self.writer = writer
+        self.format = format
+        self.system = []
+        if system is not None:
+            self.system = [{"role": "system", "content": system}]
+            question = {"role": "user", "content": ""}
+            heard = format([*self.system, question]) != format([question])
+            expect(heard, "--system: this model's chat template takes none")
+        self.turns = []
+        self.dropped = False
+
+    def answer(self, question: str) -> None:
+        expect_utf8(question)
+        self.turns.append({"role": "user", "content": question})
+        prompt = self.prompt()
+        limit = self.writer.sampling.max_new_tokens
+        if limit is None:
+            limit = context_length(self.writer.model.config) - len(prompt)
+        if limit <= 0:
+            log(f"[{len(prompt)} tokens leave no room for an answer]")
+            self.turns.pop()
             return
-        with contextlib.suppress(ImportError):  # on Windows
-            from resource import RUSAGE_SELF, getrusage
+        try:
+            self.writer.write(prompt, limit)
+            if self.writer.cut:
+                log(f"[cut off after {limit} tokens]")
+        except KeyboardInterrupt:
+            print(flush=True)
+            log("[interrupted]")
+        self.turns.append({"role": "assistant", "content": self.writer.text})
 
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes, or kilobytes
-            log(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
+    def prompt(self) -> list[int]:
+        """The conversation, cut so that it leaves a quarter of the context for the answer."""
+        room = context_length(self.writer.model.config) * 3 // 4
+        while True:
+            text = self.format(self.system + self.turns)
+            ids = self.writer.tokenizer.encode(text, special=False)  # the format has them
+            if len(ids) <= room or len(self.turns) == 1:
+                return ids
+            del self.turns[:2]
+            if not self.dropped:
+                log("[the conversation is too long: its oldest turns are dropped]")
+            self.dropped = True
 
-    def chat(self, line: str) -> None:
-        """Answer `line`, if any, then each line of stdin: user:{line}\\nsystem:{answer}</s> ..."""
-        # the instruct models were trained so, without a token to begin with
-        log("each line is a turn; Ctrl-D ends the conversation")
-        ids = []
-        line = line or sys.stdin.readline()
-        while line:
-            turn = f"user:{line.rstrip()}\nsystem:"
-            ids = self.write(ids + self.tokenizer.encode(turn, special=False))
-            if ids[-1] not in self.ends:
-                ids += self.ends[:1]
-            line = sys.stdin.readline()
+    def hold(self, first: str | None) -> None:
+        """Answer `first`, if any, then each turn of stdin."""
+        expect(sys.stdin is not None, "--chat: stdin is closed")
+        marker = ""
+        if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+            marker = "> "
+            with contextlib.suppress(ImportError):  # on Windows
+                import readline  # noqa: F401  # lets a line be edited
+        question = first
+        while True:
+            if question and question.strip():
+                self.answer(question)
+            try:
+                question = read_turn(marker)
+            except EOFError:
+                return
 
 
-def run(args: argparse.Namespace) -> None:
-    device = "cpu"
-    if args.device != "cpu" and torch.cuda.is_available():
-        device = "cuda"
+def read_turn(marker: str) -> str:
+    """A line of stdin, and the next while it ends in a backslash. marker: for a terminal."""
+    lines = [read_line(marker)]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(read_line(marker and ". "))
+    return "\n".join(lines)
+
+
+def read_line(marker: str) -> str:
+    if marker:
+        return input(marker)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def settings_of(args: argparse.Namespace) -> Sampling:
+    names = number_fields(COMMAND_LINE_DEFAULTS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.chat:
+        given.setdefault("max_new_tokens", None)  # up to the end of the answer
+    return replace(COMMAND_LINE_DEFAULTS, **given, compile=args.compile)
+
+
+def load_for_sampling(
+    args: argparse.Namespace, folder: Path, generator: torch.Generator
+) -> OpenLlamaForCausalLM:
     dtype = None
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    folder = args.checkpoint or demo_checkpoint(args.demo_dir)
     start = time.perf_counter()
-    model = OpenLlamaForCausalLM.from_pretrained(folder, dtype, device)
+    model = OpenLlamaForCausalLM.from_pretrained(folder, dtype, generator.device)
     seconds = time.perf_counter() - start
-    generator = torch.Generator(device)
-    seed = generator.seed() if args.seed is None else args.seed
-    generator.manual_seed(seed)
-    log(f"{model.num_parameters():,} parameters loaded in {seconds:.2f} s; seed {seed}")
+    held = str(model.output_weight.dtype).removeprefix("torch.")
+    log(
+        f"{model.num_parameters():,} parameters loaded in {seconds:.2f} s, {held} on "
+        f"{generator.device}; seed {generator.initial_seed()}"
+    )
+    return model
+
+
+def run(args: argparse.Namespace) -> None:
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # not None, if it is closed
+            stream.reconfigure(errors=errors)
+    sampling = settings_of(args)
+    prompt = read_prompt(args)
+    folder = args.checkpoint
+    if folder is None:
+        folder = demo_checkpoint(args.demo_dir or default_demo_folder())
+        if prompt is None and not args.chat:
+            prompt = "Beautiful is better"
+    generator = torch.Generator(find_device(args.device))
+    if args.seed is None:
+        generator.seed()  # from the system
+    else:
+        generator.manual_seed(args.seed)
+    model = load_for_sampling(args, folder, generator)
     tokenizer = NumberTokenizer()
     if args.prompt_ids is None:
         tokenizer = load_tokenizer(folder, model.config.bos_token_id)
-    numbers = {name: getattr(args, name) for name in number_fields(COMMAND_LINE_DEFAULTS)}
-    sampling = replace(COMMAND_LINE_DEFAULTS, **numbers, generator=generator, compile=args.compile)
-    writer = Writer(model, tokenizer, sampling, args.stop)
-    prompt = read_prompt(args)
+    stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop]
+    writer = Writer(model, tokenizer, replace(sampling, generator=generator), stops)
     if args.chat:
-        writer.chat(prompt)
+        Chat(writer, chat_format(folder), args.system).hold(prompt)
         return
     for _ in range(args.num_samples):
-        writer.write(tokenizer.encode(prompt))
+        writer.write(tokenizer.encode(prompt or ""))
+
+
+def default_demo_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache) / "openllama-zen"
+    try:
+        return Path.home() / ".cache" / "openllama-zen"
+    except RuntimeError:
+        raise ValueError("no home directory to keep the demo in: expected --demo-dir") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2200,7 +2707,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message = " ".join(str(error).split())
+        message = str(error).split("\n\n")[0]  # torch's advice follows, or else a stack of C++
+        message = " ".join(message.split("Exception raised from")[0].split())
         if isinstance(error, ModuleNotFoundError):
             message += f" - pip install {error.name}"
         log(f"openllama.py: error: {message}")
