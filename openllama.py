@@ -7,8 +7,8 @@ Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three 
    (https://arxiv.org/abs/2211.05100).
 2. Shared embedding: the input embedding is the output matrix too, from PaLM
    (https://arxiv.org/abs/2204.02311).
-3. Memory-efficient attention: its T x S weights are not kept; by xformers
-   (https://arxiv.org/abs/2112.05682).
+3. Memory-efficient attention (https://arxiv.org/abs/2112.05682): its T x S weights are not kept.
+   xformers computes it.
 
 It also has dropout in attention and MLP. Results are the same as transformers 4.31's, except where
 those were wrong, as with padding.
@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import copy
 import io
 import json
 import math
@@ -305,8 +306,8 @@ def fused_attention(
 ) -> tuple[Tensor, None]:
     """The same by a kernel of PyTorch that stores no weights.
 
-    Without a mask it is causal, which needs T = S, or T = 1: is_causal lets query n see the keys up
-    to n, counted from the first of each, so that it is wrong for a few queries after a cache.
+    Without a mask it is causal, which needs T = S, or T = 1: is_causal lets the first query see the
+    first key alone, the second query two keys, and so on. It knows of no keys before the queries.
     """
     T = q.shape[1]
     causal = mask is None
@@ -515,6 +516,8 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         if x is None:
             x = self.embed_layer_norm(self.embed_tokens(input_ids))
         cache = as_cache(past_key_values)
+        if not use_cache:  # it is read alone
+            cache = cache.fork()
         tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
         eager = output_attentions or not config.use_memory_efficient_attention
         shared = Shared(
@@ -522,7 +525,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             attend=self.choose_attention(x, tokens, eager),
         )
         if use_cache or past_key_values is not None:
-            shared.cache = cache  # without use_cache it is read, and not committed below
+            shared.cache = cache
 
         hidden_states = []
         attentions = []
@@ -770,7 +773,8 @@ def select_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far. Nothing else is kept from one forward to the next.
+    """Keys and values of the tokens so far, and their documents and positions. A forward keeps
+    nothing else for the next one.
 
     `cache[layer]` is (key, value), each (B, H, length, D); the keys are not turned yet if the
     scaling is dynamic. A forward begins a step, updates each layer, and commits the step; if it
@@ -865,16 +869,28 @@ class KVCache:
         buffers[layer][:, :, self.length : S] = x
         return buffers[layer][:, :, :S]
 
+    def fork(self) -> KVCache:
+        """A cache of the same tokens, whose steps leave this one as it is."""
+        other = copy.copy(self)
+        other.keys = list(self.keys)
+        other.values = list(self.values)
+        return other
+
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
         self.length = min(self.length, length)
-        self.capacity = self.length  # what is behind may be another's, and must not be written to
+        self.capacity = self.length
+        # cut off what is behind, too: autograd may have recorded it, so that the next step may not
+        # write there, but has to copy
         self.keys = [key[:, :, : self.length] for key in self.keys]
         self.values = [value[:, :, : self.length] for value in self.values]
         if self.documents is not None:
             self.documents = self.documents[:, :length]
         if self.positions is not None:
             self.positions = self.positions[:, :length]
+        if self.length == 0:  # as new, and for any batch
+            self.documents = None
+            self.positions = None
 
     def commit(self, tokens: Tokens) -> None:
         """Count the new tokens in."""
@@ -1282,7 +1298,7 @@ def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
     config.rope_theta = rope.pop("rope_theta", config.rope_theta)  # transformers 5 has it here
     kind = rope.pop("type", None)
     kind = rope.pop("rope_type", kind)  # its newer name
-    if kind == "default":
+    if kind == "default":  # which has no use for a factor
         rope.pop("factor", None)
     kinds = [name for name in ROTARY_EMBEDDINGS if name != "default"]
     expected = f"rope_scaling={given}: expected type {' or '.join(kinds)} and factor > 1, no more"
@@ -1315,7 +1331,7 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
     """
     # transformers 4.31 and most checkpoints misspell a key: use_memorry_efficient_attention
     values = {key.replace("memorry", "memory"): value for key, value in values.items()}
-    kind = values.pop("model_type", "open-llama")  # for others there is a converter
+    kind = values.pop("model_type", "open-llama")  # convert_checkpoint.py
     expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
     rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
     if rope_parameters:
@@ -1562,11 +1578,13 @@ class Sampling:
 
     def __post_init__(self):
         t, k, p, penalty = self.temperature, self.top_k, self.top_p, self.repetition_penalty
-        # divided by less than 1e-6, scores would overflow
+        # divided by far less than 1e-6, scores would overflow
         expect(t == 0 or t > 1e-6, f"temperature={t}: expected 0 or above 1e-6")
         expect(k is None or k >= 0, f"top_k={k}: expected at least 0, or None")
         expect(p is None or 0 < p <= 1, f"top_p={p}: expected a probability in (0, 1]")
-        expect(penalty > 0, f"repetition_penalty={penalty}: expected more than 0")
+        expect(penalty > 1e-6, f"repetition_penalty={penalty}: expected more than 1e-6")
+        count = self.max_new_tokens
+        expect(count is None or count > 0, f"max_new_tokens={count}: expected at least 1")
 
     def length(self, T: int, config: OpenLlamaConfig) -> int:
         """How many tokens to make, at the most, after a prompt of T."""
@@ -1712,9 +1730,7 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         """What `generate` appends, step by step: the next token of each row, (B,)."""
         if sampling is None:
             sampling = Sampling(**settings)
-        cache = past_key_values
-        if cache is None:
-            cache = KVCache()
+        cache = as_cache(past_key_values)
         return stream_tokens(self, input_ids, attention_mask, sampling, cache)
 
 
@@ -1744,28 +1760,32 @@ def stream_tokens(
     ids = as_rows("input_ids", input_ids, model.output_weight.device)
     expect(ids.numel() > 0, f"empty prompt: input_ids of shape {tuple(ids.shape)}")
     check_ids("input_ids", ids.cpu(), config.vocab_size)
-    mask = torch.ones_like(ids)
+    T = ids.shape[1]
+    known = cache.length
+    mask = cache.extended_documents(ids[0, known:])
     if attention_mask is not None:
         mask = as_rows("attention_mask", attention_mask, ids.device)
+    if mask is None:
+        mask = torch.ones_like(ids)
     expect_shape("attention_mask", mask, ids.shape)
     own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # of the row's last document
     expect(bool(own.any(dim=1).all()), "empty prompt: attention_mask has a row of padding alone")
-    count = sampling.length(ids.shape[1], config)
+    keep = last_true(own)[:, None] - known  # (B, 1): whose logits are wanted of those that are fed
+    expect(bool((keep >= 0).all()), f"past_key_values of {known} tokens: input_ids has {T}")
+    count = sampling.length(T, config)
     pad = sampling.padding(config)
     ends = torch.tensor(sampling.ends(config), dtype=torch.long, device=ids.device)
-
-    # how often a row holds each token. Padding adds 0: a mere flag of a token would be at risk
-    # where padding has the same id, and is written after it
-    counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    T = ids.shape[1]
-    known = cache.length
-    last = last_true(own)[:, None] - known  # (B, 1): the tokens that rows go on from
-    expect(bool((last >= 0).all()), f"past_key_values of {known} tokens: input_ids has {T}")
-    fed = ids[:, known:]
     step = next_scores
     if sampling.compile and count > 1:
+        given = "cannot compile with past_key_values of which position_ids were given"
+        expect(cache.positions is None, given)
         compiled = compiled_step(ids.device)  # now, as it fails where there is no compiler
+
+    # how often a row holds each token; of its own tokens, as padding adds 0
+    counts = torch.zeros(len(ids), config.vocab_size, dtype=torch.long, device=ids.device)
+    counts.scatter_add_(1, ids.long(), own.long())
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    fed = ids[:, known:]
     mode = inference_mode_for(model)
     for n in range(count):
         with mode():
@@ -1774,22 +1794,21 @@ def stream_tokens(
                 if n == 1 or filled == cache.capacity:
                     cache = FixedKVCache(cache, capacity=min(2 * filled, T + count - 1))
                     step = compiled
-            scores, cache = step(model, fed, mask, cache, last)
+            scores, cache = step(model, fed, mask, cache, keep)
             likeliest = scores.amax(dim=-1)
             expect(bool(likeliest.isfinite().all()), f"the model's scores hold {likeliest.max()}")
-            if sampling.repetition_penalty != 1:
-                counts.scatter_add_(1, ids.long(), own.long())
             token = sampling.choose(scores, counts)
             if len(ends) > 0:
                 token = token.where(~done, pad)
                 done |= torch.isin(token, ends)
+            fed = token[:, None]
+            if sampling.repetition_penalty != 1:
+                counts.scatter_add_(1, fed, torch.ones_like(fed))
         yield token.clone()  # unlike a tensor made in inference mode, it may be used in training
         if len(ends) > 0 and bool(done.all()):
             return
-        ids = fed = token[:, None]
-        own = torch.ones_like(ids)
         mask = None  # the cache knows of padding
-        last = 1  # not a place now: keep the last one's logits
+        keep = 1  # the last one's
 
 
 def next_scores(
@@ -1797,9 +1816,9 @@ def next_scores(
     ids: Tensor,
     mask: Tensor | None,
     cache: KVCache,
-    last: Tensor | int,
+    keep: Tensor | int,
 ) -> tuple[Tensor, KVCache]:
-    """What the model says comes next: (B, V), in float32. last: logits_to_keep, for one token."""
+    """What the model says comes next: (B, V), in float32. keep: logits_to_keep, one of a row."""
     out = model(
         input_ids=ids,
         attention_mask=mask,
@@ -1808,7 +1827,7 @@ def next_scores(
         output_attentions=False,
         output_hidden_states=False,
         return_dict=True,
-        logits_to_keep=last,
+        logits_to_keep=keep,
     )
     return out.logits[:, -1].float(), out.past_key_values
 
@@ -1828,9 +1847,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Compiled, a single token's product is written as the sum that it is, for which torch.compile
     makes a loop that runs at the speed of memory. And in inference, that is under
-    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's. That has
-    up to twice the speed of MKL, PyTorch's choice, on AMD, and MKL takes a single token on one
-    thread. The last three arguments say that nothing is done to the result.
+    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's. PyTorch's
+    own choice is MKL, which uses one thread for a single token, and on AMD processors has as little
+    as half of oneDNN's speed. The last three arguments say that nothing is done to the result.
     """
     if torch.compiler.is_compiling():
         if is_single_token(x, weight):
@@ -1906,8 +1925,6 @@ class FixedKVCache(KVCache):
 
     def __init__(self, cache: KVCache, capacity: int):
         super().__init__()
-        given = "cannot compile with past_key_values whose position_ids were given"
-        expect(cache.positions is None, given)
         length = int(cache.length)
         rest = capacity - length
         self.keys = [F.pad(key, (0, 0, 0, rest)) for key, _ in cache]
@@ -2022,6 +2039,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a model of sentencepiece: {error}") from None
         self.size = self.model.get_piece_size()
+        self.legacy = settings.get("legacy") is not False
         self.bos = bos if settings.get("add_bos_token", True) else None
         self.tokens = read_added_tokens(folder, settings, self.model)
         self.names = {
@@ -2045,7 +2063,10 @@ class SentencePieceTokenizer:
                 part = part.lstrip()
             if n + 1 < len(parts) and self.tokens[parts[n + 1]].lstrip:
                 part = part.rstrip()
-            ids += self.model.encode(part)
+            pieces = self.model.encode(part, out_type=str)
+            if n > 0 and not self.legacy and not part.startswith(" ") and pieces:
+                pieces[0] = pieces[0].removeprefix("\u2581")  # the space that sentencepiece adds
+            ids += [self.model.piece_to_id(piece) for piece in pieces if piece]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -2059,11 +2080,15 @@ class SentencePieceTokenizer:
         return " ".join(texts)
 
 
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
 def read_added_tokens(folder: Path, settings: dict, model: object) -> dict[str, AddedToken]:
     """The tokens that files beside tokenizer.model name: special ones, and those that are no piece.
 
-    A token that is a string, not an object with settings, drops the whitespace around it, except
-    four that tokenizer_config.json may name: so it is in transformers 4.31.
+    Most are objects, which say whether they drop the whitespace around them. In transformers 4.31
+    one that is a mere string does, unless it is one of four that tokenizer_config.json names (or
+    nobody names: these have defaults). The last two sources are those of later versions.
     """
     tokens = {}
 
@@ -2078,8 +2103,8 @@ def read_added_tokens(folder: Path, settings: dict, model: object) -> dict[str, 
     added = read_json_if_there(folder / "added_tokens.json")
     for name, number in added.items():
         add(name, number)
-    unstripped = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
-    named = [(entry, role not in unstripped) for role, entry in roles(unstripped | settings)]
+    defaults = LLAMA_TOKENS | {"pad_token": None}
+    named = [(entry, role not in defaults) for role, entry in roles(defaults | settings)]
     mapped = roles(read_json_if_there(folder / "special_tokens_map.json"))
     named += [(entry, True) for _, entry in mapped]
     for entry, strip in named:
@@ -2089,7 +2114,7 @@ def read_added_tokens(folder: Path, settings: dict, model: object) -> dict[str, 
         add(entry, entry["id"])
     for number, entry in (settings.get("added_tokens_decoder") or {}).items():
         add(entry, int(number))
-    unknown = model.unk_id()  # the id of all that is not in the model
+    unknown = model.unk_id()  # the id of all that has none, as a pad_token that was never added
     unk = model.id_to_piece(unknown)
     return {name: token for name, token in tokens.items() if token.id != unknown or name == unk}
 
@@ -2150,9 +2175,9 @@ def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
 
 
 def special_id(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id of a special token, by its name; None for other text."""
+    """The id of a special token, by its name; None for text, which decoding would not lose."""
     ids = tokenizer.encode(text, special=False)
-    if len(ids) == 1 and tokenizer.decode(ids) == "":
+    if len(ids) == 1 and tokenizer.decode(ids) == "" and text.strip():
         return ids[0]
     return None
 
@@ -2168,11 +2193,15 @@ def open_llama_chat(messages: list[dict]) -> str:
     >>> open_llama_chat([question, {"role": "assistant", "content": "Hello."}, question])
     'user:Hi!\\nsystem:Hello.</s>user:Hi!\\nsystem:'
     """
-    forms = {"user": "user:{}\nsystem:", "assistant": "{}</s>"}
+    text = ""
     for message in messages:
         role = message["role"]
-        expect(role in forms, f"this model's chat format has no {role} text")
-    return "".join(forms[message["role"]].format(message["content"]) for message in messages)
+        expect(role in ("user", "assistant"), f"this model's chat format has no {role} text")
+        if role == "user":
+            text += f"user:{message['content']}\nsystem:"
+        else:
+            text += f"{message['content']}</s>"
+    return text
 
 
 def chat_format(folder: Path) -> Callable[[list[dict]], str]:
@@ -2181,13 +2210,15 @@ def chat_format(folder: Path) -> Callable[[list[dict]], str]:
     template = settings.get("chat_template")
     if isinstance(template, list):  # of several, by name
         named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default", [])
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     if template is None:
         return open_llama_chat
     expect(isinstance(template, str), f"{folder}: the chat template is no text: {template!r:.60}")
     settings = read_json_if_there(folder / "special_tokens_map.json") | settings
+    if (folder / "tokenizer.model").is_file():
+        settings = LLAMA_TOKENS | settings
     names = {role: content(entry) for role, entry in roles(settings)}
     return template_chat(template, names)
 
@@ -2200,8 +2231,8 @@ def template_chat(template: str, names: dict[str, str]) -> Callable[[list[dict]]
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value: object, ensure_ascii: bool = False, **settings: object) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -2244,21 +2275,29 @@ def stream_text(
 def whole_characters(decode: Callable, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
     """The text that each new id adds; nothing while a character has come in part.
 
-    Only the last tokens are decoded, with some before them: decoded alone, a token would lose its
-    leading space.
+    What is decoded are the last ids, from 8 to some 16, since a place where the text was whole:
+    decoded alone, an id would lose its leading space, and bytes their character.
     """
-    window = prompt[-8:]
+    window = list(prompt)
+    whole = len(window)  # a place in the window where no character is cut
     shown = len(decode(window))
+    broken = 0  # how many ids the text has ended in a character that is not whole
     for token in new:
         window.append(token)
         text = decode(window)
         end = len(text)
-        while end > len(text) - 3 and text[:end].endswith("\N{REPLACEMENT CHARACTER}"):
-            end -= 1  # up to three bytes of a character that has four
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            broken += 1
+            end = shown
+            if broken > 3:  # no character has more bytes: these will never be one
+                end = max(shown, len(text) - 3)
+        else:
+            broken = 0
         yield text[shown:end]
-        shown = max(shown, end)
-        if len(window) > 32:
-            window = window[-8:]
+        shown = end
+        if len(window) >= whole + 8 and (broken == 0 or broken > 32):
+            window = window[whole:]
+            whole = len(window)
             shown = len(decode(window)) - (len(text) - end)
     yield decode(window)[shown:]
 
@@ -2275,7 +2314,7 @@ def zen_of_python() -> str:
 
 def demo_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A byte-level model that knows the Zen of Python by heart, trained on first use."""
-    if (folder / "model.safetensors").is_file():  # the last to be written
+    if any(folder.glob("*.safetensors")):  # the last to be written
         return folder
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
     settings = '{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}\n'
@@ -2304,11 +2343,12 @@ def demo_checkpoint(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def learn_by_heart(model: OpenLlamaForCausalLM, text: str, steps: int = 400) -> None:
+def learn_by_heart(model: OpenLlamaForCausalLM, text: str) -> None:
     """Train on the text, from the beginnings of its lines on, as if it were a ring."""
     data = torch.tensor(ByteTokenizer().encode(text))
     begins = torch.tensor([0] + [n + 1 for n, letter in enumerate(text) if letter == "\n"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
+    steps = 400
     for step in range(steps):
         B = 4
         T = 160
@@ -2336,7 +2376,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-# each number here is an option of the command line
+# each number in it, whether given here or Sampling's own, is an option of the command line
 COMMAND_LINE_DEFAULTS = Sampling(
     max_new_tokens=128, do_sample=True, temperature=0.8, top_k=50, top_p=1.0
 )
@@ -2369,7 +2409,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids")
     for name, value in number_fields(COMMAND_LINE_DEFAULTS).items():
         option = "--" + name.replace("_", "-")
-        add(option, type=type(value), metavar="N", help=f"default: {value}")
+        about = f"default: {value}"
+        if name == "max_new_tokens":
+            about += "; in a chat, up to the end of the answer"
+        add(option, type=type(value), metavar="N", help=about)
     add("--num-samples", type=int, default=1, metavar="N", help="default: 1")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add(
@@ -2397,6 +2440,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     expect(all(args.stop), "--stop: expected a text")
     expect(args.chat or args.system is None, "--system: expected --chat, too")
     expect(not args.chat or args.prompt_ids is None, "--chat takes text, and not --prompt-ids")
+    expect(not args.chat or args.num_samples == 1, "--chat: expected no --num-samples")
+    expect(not args.stop or args.prompt_ids is None, "--stop takes text, and not --prompt-ids")
+    for text in (args.prompt, args.system, *args.stop):
+        expect_utf8(text or "")
     return args
 
 
@@ -2424,7 +2471,7 @@ def expect_utf8(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not UTF-8: {text[error.start :]!r:.20}") from None
+        raise ValueError(f"a text that is not UTF-8: {text[error.start :]!r:.20}") from None
 
 
 def find_device(name: str | None) -> torch.device:
@@ -2445,7 +2492,8 @@ def find_device(name: str | None) -> torch.device:
 
 
 def context_length(config: OpenLlamaConfig) -> int:
-    """How many tokens a text may have for the model to make sense of it."""
+    """How many tokens a text may have for the model to make sense of it. (Dynamic scaling has no
+    such end; there it is what the factor is meant for.)"""
     scaling = config.rope_scaling or {}
     return int(config.max_position_embeddings * scaling.get("factor", 1))
 
@@ -2475,14 +2523,15 @@ class Writer:
                 self.ends.append(end)
         self.sampling = replace(sampling, eos_token_id=self.ends)
         self.cache = KVCache()
-        self.ids = []  # the last prompt and its continuation, of which the cache holds the first
+        self.ids = []  # the last prompt and its continuation; the cache has them, but for the last
         self.text = ""  # the continuation, as printed
-        self.cut = False  # whether it came to no end
+        self.cut = False  # whether it has its full number of tokens, and no end
         self.warned = False
 
     def write(self, prompt: list[int], max_new_tokens: int | None = None) -> None:
         """Print a continuation as it is made. max_new_tokens: None: as sampling says."""
-        self.cache.crop(len(common_prefix(self.ids[: self.cache.length], prompt[:-1])))
+        # what the cache shares with the prompt is kept; not the last token, which has to be fed
+        self.cache.crop(common_length(self.ids[: self.cache.length], prompt[:-1]))
         read = len(prompt) - self.cache.length
         self.ids = list(prompt)
         self.text = ""
@@ -2500,12 +2549,10 @@ class Writer:
 
     def new_tokens(self, sampling: Sampling) -> Iterator[int]:
         """The tokens up to the end, or to where they are cut off."""
-        self.mind_the_context()
         stream = self.model.stream([self.ids], sampling=sampling, past_key_values=self.cache)
         for token in stream:
             self.ids.append(int(token))
             self.times.append(time.perf_counter())
-            self.mind_the_context()
             if self.ids[-1] in self.ends:
                 return
             yield self.ids[-1]
@@ -2526,19 +2573,22 @@ class Writer:
         figures = [f"prefill {read} tokens, {read / prefill:.1f} tokens/s"]
         if steps:  # the median, as one of them includes compiling
             figures.append(f"decode {1 / statistics.median(steps):.1f} tokens/s")
-        log("; ".join([*figures, *peak_memory()]))
+        figures += peak_memory(self.model.output_weight.device)
+        log("; ".join(figures))
+        self.mind_the_context()
 
 
-def common_prefix(a: list[int], b: list[int]) -> list[int]:
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many ids a and b begin alike."""
     length = 0
     while length < min(len(a), len(b)) and a[length] == b[length]:
         length += 1
-    return a[:length]
+    return length
 
 
-def peak_memory() -> list[str]:
-    if torch.cuda.is_initialized():
-        return [f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"]
+def peak_memory(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return [f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"]
     try:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:  # on Windows
@@ -2564,14 +2614,13 @@ class Chat:
 
     def answer(self, question: str) -> None:
         expect_utf8(question)
-        self.turns.append({"role": "user", "content": question})
-        prompt = self.prompt()
+        turns = [*self.turns, {"role": "user", "content": question}]
+        turns, prompt = self.fit(turns)
         limit = self.writer.sampling.max_new_tokens
         if limit is None:
             limit = context_length(self.writer.model.config) - len(prompt)
         if limit <= 0:
             log(f"[{len(prompt)} tokens leave no room for an answer]")
-            self.turns.pop()
             return
         try:
             self.writer.write(prompt, limit)
@@ -2580,17 +2629,18 @@ class Chat:
         except KeyboardInterrupt:
             print(flush=True)
             log("[interrupted]")
-        self.turns.append({"role": "assistant", "content": self.writer.text})
+        if self.writer.text:
+            self.turns = [*turns, {"role": "assistant", "content": self.writer.text}]
 
-    def prompt(self) -> list[int]:
-        """The conversation, cut so that it leaves a quarter of the context for the answer."""
+    def fit(self, turns: list[dict]) -> tuple[list[dict], list[int]]:
+        """The last turns, as many as leave a quarter of the context free, and their ids."""
         room = context_length(self.writer.model.config) * 3 // 4
         while True:
-            text = self.format(self.system + self.turns)
-            ids = self.writer.tokenizer.encode(text, special=False)  # the format has them
-            if len(ids) <= room or len(self.turns) == 1:
-                return ids
-            del self.turns[:2]
+            text = self.format(self.system + turns)
+            ids = self.writer.tokenizer.encode(text, special=False)  # a template writes its own
+            if len(ids) <= room or len(turns) == 1:
+                return turns, ids
+            turns = turns[2:]
             if not self.dropped:
                 log("[the conversation is too long: its oldest turns are dropped]")
             self.dropped = True
@@ -2618,7 +2668,10 @@ def read_turn(marker: str) -> str:
     lines = [read_line(marker)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
-        lines.append(read_line(marker and ". "))
+        try:
+            lines.append(read_line(marker))
+        except EOFError:
+            break
     return "\n".join(lines)
 
 
@@ -2698,17 +2751,20 @@ def default_demo_folder() -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 where
     nobody reads stdout."""
+    if sys.stderr is None:  # closed; what is printed there would else go to stdout
+        sys.stderr = io.StringIO()
     try:
         run(parse_arguments(argv))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # or what Python still has to write when it ends would fail once more
+        # when Python ends, it writes what is left in its buffer, and would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message = str(error).split("\n\n")[0]  # torch's advice follows, or else a stack of C++
-        message = " ".join(message.split("Exception raised from")[0].split())
+        message = str(error).split("\n\n")[0]  # torch.compile's advice follows
+        message = message.split("Exception raised from")[0]  # torch's stack of C++ calls
+        message = " ".join(message.split())
         if isinstance(error, ModuleNotFoundError):
             message += f" - pip install {error.name}"
         log(f"openllama.py: error: {message}")

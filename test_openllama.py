@@ -2457,6 +2457,22 @@ def test_characters_are_printed_whole_and_spaces_kept():
     assert "".join(broken).startswith(" naïve 你好  🙂")
 
 
+def test_bytes_that_are_decoded_in_runs_give_whole_characters():
+    """tokenizer.json with a byte fallback: while one character of a run of bytes is not whole,
+    none of the run is."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    model = tokenizers.models.BPE({name: n for n, name in enumerate(names)}, [], byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    parts = (tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse())
+    tokenizer.decoder = tokenizers.decoders.Sequence(list(parts))
+    text = "\U0001f600\U0001f600 \u4f60\u597d" * 9 + "\u4f60\U0001f600" * 20
+    for prompt in ([], list(b"ok")):
+        pieces = list(openllama.stream_text(tokenizer.decode, prompt, text.encode()))
+        assert "".join(pieces) == text
+        assert pieces.index("\U0001f600") < 8
+
+
 @pytest.mark.parametrize("stop", ["ab", "aab", "b\n", "zz"])
 def test_nothing_of_a_stop_text_is_ever_printed(stop):
     text = "aaab\nb aab\n"
@@ -2534,6 +2550,10 @@ def check_tokenizer(folder, bos):
         (["--chat", "--system", "x"], "no system text"),
         (["--system", "x"], "--system"),
         (["--stop", ""], "--stop"),
+        (["--stop", "\udcff"], "not UTF-8"),
+        (["--stop", "5", "--prompt-ids", "5"], "--stop"),
+        (["--chat", "--num-samples", "2"], "--num-samples"),
+        (["--chat", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--seed", "1" + "0" * 30], "--seed 1000"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "meta"], "--device meta"),
@@ -2595,6 +2615,7 @@ ADDITIONS = {
     "added": ADDED,
     "named": ADDED | {"special_tokens_map.json": NAMED},
     "in the config": ADDED | {"tokenizer_config.json": {"pad_token": "<pad>"}},
+    "not legacy": ADDED | {"tokenizer_config.json": {"legacy": False}},
     "objects": ADDED
     | {"special_tokens_map.json": {"additional_special_tokens": [IM_END], "pad_token": "<pad>"}},
 }
@@ -2699,8 +2720,9 @@ def test_decoding_a_long_text_costs_the_same_at_every_token():
     letters = [ord("a") + n % 26 for n in range(3000)]
     broken = [0xFFFD] * 3000  # what a decoder gives for bytes that are no character
     for new in (letters, broken):
+        sizes.clear()
         text = "".join(openllama.stream_text(decode, letters[:2000], new))
-        assert max(sizes) < 50
+        assert len(sizes) > 3000 and max(sizes[50:]) < 60
         assert text == "".join(map(chr, new))
 
 
@@ -2799,12 +2821,12 @@ def test_a_chat_reads_only_what_is_new_and_answers_the_same(demo, capsys, monkey
         fed.clear()
         with monkeypatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("Who are you?\nWhy?\nAnd then?\n"))
-            patch.setattr(openllama, "common_prefix", prefix)
+            patch.setattr(openllama, "common_length", prefix)
             assert openllama.main(arguments) == 0
         return capsys.readouterr().out, [size for size in fed if size > 1]
 
-    kept, read = answers(openllama.common_prefix)
-    fresh, all_read = answers(lambda a, b: [])
+    kept, read = answers(openllama.common_length)
+    fresh, all_read = answers(lambda a, b: 0)
     assert kept == fresh and kept.count("\n") == 3
     assert len(read) == len(all_read) == 3 and read[0] == all_read[0]
     for n in (1, 2):  # what is new: the turn, and the last letter of an answer, which is never fed
@@ -2831,6 +2853,36 @@ def test_a_cache_may_hold_the_beginning_of_a_prompt():
     out = model(again[:, -1:], past_key_values=cache)
     assert_close(out.logits, full)
     out.logits.sum().backward()
+
+
+def test_generation_goes_on_from_a_cache_with_padding():
+    model, (ids, mask) = tiny(), batch("left")
+    expected = model.generate(ids, mask, max_new_tokens=6, eos_token_id=None)
+    cache = openllama.KVCache()
+    begun = model.generate(
+        ids, mask, past_key_values=cache, max_new_tokens=3, eos_token_id=None
+    )  # whose mask need not be given again
+    again = model.generate(begun, past_key_values=cache, max_new_tokens=3, eos_token_id=None)
+    assert again.equal(expected)
+    cache.crop(0)  # and it is as good as new, for other rows too
+    fresh = model.generate(ids[:1], past_key_values=cache, max_new_tokens=2, eos_token_id=None)
+    assert fresh.equal(model.generate(ids[:1], max_new_tokens=2, eos_token_id=None))
+    model(ids[:1], position_ids=torch.arange(5, 5 + ids.shape[1])[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="position_ids"):
+        longer = torch.cat((ids[:1], ids[:1], ids[:1]), dim=1)
+        next(model.stream(longer, past_key_values=cache, max_new_tokens=2, compile=True))
+
+
+def test_a_cache_that_was_only_read_writes_to_no_recorded_tensor():
+    model, (ids, _) = tiny(), batch("none")
+    with torch.no_grad():
+        cache = model(ids[:, :5]).past_key_values
+    cache = openllama.KVCache(tuple(cache))
+    loss = model(ids[:, 5:], past_key_values=cache, use_cache=False).logits.sum()
+    with torch.no_grad():
+        model(ids[:, 5:6], past_key_values=cache)
+    loss.backward()
+    assert cache.length == 6
 
 
 def test_a_cache_that_is_cut_writes_to_no_tensor_of_others():
@@ -2881,6 +2933,10 @@ def test_a_chat_drops_its_oldest_turns_and_marks_what_is_cut(tmp_path, capsys, m
     assert openllama.main(["--checkpoint", str(tmp_path), "--chat"]) == 0
     assert "[213 tokens leave no room" in capsys.readouterr().err
     assert prompts[-1] == "user:hi\nsystem:"
+    # ... and what does not fit makes the model forget nothing
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" + "x" * 200 + "\nyes\\"))
+    assert openllama.main(["--checkpoint", str(tmp_path), "--chat"]) == 0
+    assert prompts[-1].startswith("user:hi\n") and prompts[-1].endswith("user:yes\nsystem:")
 
 
 def test_generation_config_tells_what_ends_a_text(tmp_path):
