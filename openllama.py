@@ -515,9 +515,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         x = inputs_embeds  # (B, T, C)
         if x is None:
             x = self.embed_layer_norm(self.embed_tokens(input_ids))
-        cache = as_cache(past_key_values)
-        if not use_cache:  # it is read alone
-            cache = cache.fork()
+        cache = as_cache(past_key_values, extend=use_cache)
         tokens = locate_tokens(cache, x, config, attention_mask, position_ids)
         eager = output_attentions or not config.use_memory_efficient_attention
         shared = Shared(
@@ -901,11 +899,15 @@ class KVCache:
             self.positions = tokens.positions
 
 
-def as_cache(past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
-    """The argument past_key_values, as a cache. One that was given is extended, not copied."""
-    if isinstance(past, KVCache):
+def as_cache(
+    past: KVCache | Sequence[tuple[Tensor, Tensor]] | None, extend: bool = True
+) -> KVCache:
+    """The argument past_key_values, as a cache: the one that was given, if it is to be extended."""
+    if not isinstance(past, KVCache):
+        return KVCache(past or ())
+    if extend:
         return past
-    return KVCache(past or ())
+    return past.fork()
 
 
 @dataclass(eq=False, repr=False)
