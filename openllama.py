@@ -1402,27 +1402,36 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
+    text = config_text(config, more)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.json") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def config_text(config: OpenLlamaConfig, more: dict) -> str:
     act = config.hidden_act
     expect(not callable(act), f"hidden_act={act}: config.json holds a name, not a function")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config.to_dict() | more, indent=2)
-    with replacing(folder / "config.json") as path:
-        path.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(config.to_dict() | more, indent=2) + "\n"
 
 
 def save_model(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
+    """Write both files whole before either takes the place of an old one."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     prefix = checkpoint_prefix(type(model))
     tensors = {prefix + name: x.contiguous() for name, x in model.state_dict().items()}
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-    model.config.save_pretrained(folder, architectures=[type(model).__name__], torch_dtype=dtype)
-    with replacing(folder / "model.safetensors") as path:
+    more = {"architectures": [type(model).__name__], "torch_dtype": dtype}
+    text = config_text(model.config, more)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    with replacing(weights) as weights_path, replacing(folder / "config.json") as config_path:
+        config_path.write_text(text, encoding="utf-8")
         try:
-            save_file(tensors, path, metadata={"format": "pt"})
+            save_file(tensors, weights_path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {folder / 'model.safetensors'}: {error}") from None
+            raise OSError(f"cannot write {weights}: {error}") from None
 
 
 def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:

@@ -1129,6 +1129,30 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     assert grown < 25_000  # KB; half the embedding
 
 
+@pytest.mark.parametrize("how", ["full disk", "no such type"])
+def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, how):
+    old = tiny(seed=1, rms_norm_eps=1e-3)
+    old.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = tiny(seed=2, num_hidden_layers=3)
+    if how == "full disk":
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"model\.safetensors"):
+                new.save_pretrained(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+    else:
+        new.model.norm.weight.data = new.model.norm.weight.data.to(torch.complex32)
+        with pytest.raises((ValueError, OSError, KeyError)):
+            new.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert OpenLlamaForCausalLM.from_pretrained(tmp_path).config.rms_norm_eps == 1e-3
+
+
 def broken_checkpoint(folder, how):
     tiny().save_pretrained(folder)
     weights = folder / "model.safetensors"
