@@ -463,7 +463,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(
+        self.embed_tokens = Embedding(  # nn.Embedding (section 12)
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
         self.embed_layer_norm = nn.Identity()
@@ -1851,6 +1851,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose weights are drawn by init_weights alone. (To draw them on meta, when a
+    checkpoint is loaded, would make torch import its compiler, which takes a second.)"""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1111,6 +1111,15 @@ def test_all_that_is_wrong_with_the_weights_is_told_at_once(tmp_path):
         assert name in str(error.value)
 
 
+def test_loading_does_not_import_the_compiler(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    code = "import sys, openllama; "
+    code += f"openllama.OpenLlamaForCausalLM.from_pretrained({str(tmp_path)!r}).generate([5], "
+    code += "max_new_tokens=2); print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
 def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     model = tiny(vocab_size=200_000, hidden_size=64)  # 51 MB of embedding
     model.save_pretrained(tmp_path)
