@@ -819,7 +819,7 @@ class KVCache:
 
         ValueError if the cache is of another batch or model.
         """
-        if self.length == 0:  # a forward that failed may have left something
+        if self.length == 0:  # what a failed forward left may be of another batch
             self.keys.clear()
             self.values.clear()
         else:
@@ -1955,7 +1955,8 @@ class FixedKVCache(KVCache):
             documents = self.length.new_ones(1, length)
         self.documents = F.pad(documents[:, :length], (0, rest))
         for tensor in (*self.keys, *self.values, self.documents, self.length):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph may write to it
+            # a CUDA graph may write to it; without a guard, as other caches use the same code
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
         return self.places(x.shape[1]), self.capacity
@@ -2714,6 +2715,7 @@ def settings_of(args: argparse.Namespace) -> Sampling:
 def load_for_sampling(
     args: argparse.Namespace, folder: Path, generator: torch.Generator
 ) -> OpenLlamaForCausalLM:
+    """Load a model onto the generator's device, and tell about it, and the seed."""
     dtype = None
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
