@@ -1333,7 +1333,7 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
     """
     # transformers 4.31 and most checkpoints misspell a key: use_memorry_efficient_attention
     values = {key.replace("memorry", "memory"): value for key, value in values.items()}
-    kind = values.pop("model_type", "open-llama")  # convert_checkpoint.py
+    kind = values.pop("model_type", "open-llama")  # for others there is convert_checkpoint.py
     expect(kind in ("open-llama", "open_llama"), f"model_type={kind!r}: expected 'open-llama'")
     rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
     if rope_parameters:
@@ -1470,9 +1470,8 @@ def load_model(
 
 def cast(name: str, tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
     result = tensor.to(device, dtype)
-    if result.dtype != tensor.dtype:
-        finite = bool(result.isfinite().all())
-        expect(finite, f"{name} does not fit into {dtype}: it holds {tensor.abs().max():.4g}")
+    if result.dtype != tensor.dtype and not result.isfinite().all():
+        raise ValueError(f"{name} does not fit into {dtype}: it holds {tensor.abs().max():.4g}")
     return result
 
 
@@ -1509,11 +1508,12 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file() and not (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
+        files = {"model.safetensors"}
+    elif index.is_file():
         weight_map = read_json(index).get("weight_map") or {}
         files = {str(file) for file in weight_map.values()}
-    elif not (folder / "model.safetensors").is_file():
+    else:
         pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         message = f"{folder} has no model.safetensors"
         if pickles:
@@ -1807,7 +1807,8 @@ def stream_tokens(
                     step = compiled
             scores, cache = step(model, fed, mask, cache, keep)
             likeliest = scores.amax(dim=-1)
-            expect(bool(likeliest.isfinite().all()), f"the model's scores hold {likeliest.max()}")
+            if not likeliest.isfinite().all():
+                raise ValueError(f"the model's scores hold {likeliest.max()}")
             token = sampling.choose(scores, counts)
             if len(ends) > 0:
                 token = token.where(~done, pad)
@@ -2025,7 +2026,7 @@ class ByteTokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         ids = []
-        for part in re.split("(<pad>|</s>|<unk>)", text):
+        for part in re.split(f"({'|'.join(self.special_ids)})", text):
             if part in self.special_ids:
                 ids.append(self.special_ids[part])
             else:
@@ -2083,11 +2084,18 @@ class SentencePieceTokenizer:
                 part = part.lstrip()
             if n + 1 < len(parts) and self.tokens[parts[n + 1]].lstrip:
                 part = part.rstrip()
-            pieces = self.model.encode(part, out_type=str)
-            if n > 0 and not self.legacy and not part.startswith(" ") and pieces:
-                pieces[0] = pieces[0].removeprefix("\u2581")  # the space that sentencepiece adds
-            ids += [self.model.piece_to_id(piece) for piece in pieces if piece]
+            ids += self.encode_plain(part, first=n == 0)
         return ids
+
+    def encode_plain(self, text: str, first: bool) -> list[int]:
+        """The ids of text without tokens in it. If it is not the first of its text, and the
+        tokenizer is not a legacy one, the space that sentencepiece puts before it is taken off."""
+        if first or self.legacy or text.startswith(" "):
+            return self.model.encode(text)
+        pieces = self.model.encode(text, out_type=str)
+        if pieces:
+            pieces[0] = pieces[0].removeprefix("\u2581")
+        return [self.model.piece_to_id(piece) for piece in pieces if piece]
 
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in ids if i not in self.special_ids]
@@ -2149,7 +2157,10 @@ def roles(settings: dict) -> list[tuple[str, str | dict]]:
 
 def content(entry: str | dict) -> str:
     """The name of a token, which is a string, or an object with settings."""
-    return entry if isinstance(entry, str) else entry["content"]
+    if isinstance(entry, str):
+        return entry
+    expect(isinstance(entry.get("content"), str), f"a token without a name: {entry}")
+    return entry["content"]
 
 
 class JsonTokenizer:
@@ -2159,8 +2170,8 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            self.model = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers has no narrower class
+            self.model = Tokenizer.from_buffer(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
         self.model.no_padding()  # the file may ask for both
         self.model.no_truncation()
@@ -2257,6 +2268,8 @@ def template_chat(template: str, names: dict[str, str]) -> Callable[[list[dict]]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    # what a template, or an expression in it, may raise
+    errors = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = time.strftime
@@ -2265,7 +2278,7 @@ def template_chat(template: str, names: dict[str, str]) -> Callable[[list[dict]]
         try:
             parsed = environment.from_string(template)
             return parsed.render(messages=messages, add_generation_prompt=True, **names)
-        except Exception as error:  # a template may do anything, as divide by zero
+        except errors as error:
             raise ValueError(f"the chat template says: {error}") from None
 
     return render
@@ -2462,7 +2475,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     expect(not args.chat or args.prompt_ids is None, "--chat takes text, and not --prompt-ids")
     expect(not args.chat or args.num_samples == 1, "--chat: expected no --num-samples")
     expect(not args.stop or args.prompt_ids is None, "--stop takes text, and not --prompt-ids")
-    for text in (args.prompt, args.system, *args.stop):
+    for text in (args.system, *args.stop):
         expect_utf8(text or "")
     return args
 
@@ -2736,16 +2749,16 @@ def run(args: argparse.Namespace) -> None:
             stream.reconfigure(errors=errors)
     sampling = settings_of(args)
     prompt = read_prompt(args)
-    folder = args.checkpoint
-    if folder is None:
-        folder = demo_checkpoint(args.demo_dir or default_demo_folder())
-        if prompt is None and not args.chat:
-            prompt = "Beautiful is better"
     generator = torch.Generator(find_device(args.device))
     if args.seed is None:
         generator.seed()  # from the system
     else:
         generator.manual_seed(args.seed)
+    folder = args.checkpoint
+    if folder is None:
+        folder = demo_checkpoint(args.demo_dir or default_demo_folder())
+        if prompt is None and not args.chat:
+            prompt = "Beautiful is better"
     model = load_for_sampling(args, folder, generator)
     tokenizer = NumberTokenizer()
     if args.prompt_ids is None:
