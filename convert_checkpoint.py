@@ -1,66 +1,90 @@
 # SPDX-License-Identifier: MIT
 """Turn a checkpoint of Open-Llama or LLaMA into one that openllama.py and transformers 4.31 load.
 
+Or the other way, with --to llama: into a LLaMA, which runs wherever LLaMA does.
+
 First a plan is made from the headers of the files, and checked whole. It tells each tensor of the
 result, which tensor of the source it comes from, and what happens on the way: key and value heads
-are repeated, dtypes are cast. Then the tensors are streamed, a megabyte at a time, into a
-temporary folder beside the destination, which takes its place in the end.
+are repeated, the stable embedding is computed, dtypes are cast. Then the tensors are streamed, a
+megabyte at a time, into a folder beside the destination, which takes its place in the end.
 
 However large the model is, memory stays at some hundred megabytes. Whenever the program is
-killed, the destination is whole or absent, and the next run succeeds.
+killed, the destination is whole, old or new, or absent, and the next run succeeds.
 
 Sections:
 
   Reading a checkpoint      the files, and their tensors a few rows at a time
   Reading its config.json   in the spellings of Open-Llama and LLaMA
   Planning                  which tensor comes from where, and into which file it goes
+  Out to LLaMA              its config.json
   Checks                    of the source, its tensors, and the destination
   Writing                   the files, and the exchange of old for new
   Command line
 """
 
+import ctypes
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
+from io import FileIO
 from math import prod
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openllama import (
+    COMPUTED,
+    FLOATS,
+    INDEX,
     ArgumentParser,
     OpenLlamaConfig,
     OpenLlamaForCausalLM,
     OpenLlamaForSequenceClassification,
+    as_dtype,
+    byte_size,
+    check_layers,
+    cut,
+    deal,
     expect,
+    expect_no_pointer,
+    index_text,
+    load_tokenizer,
+    mismatches,
+    no_deep_nesting,
+    parse_size,
+    plain_names,
+    read_generation_ends,
+    read_index,
     read_json,
+    safetensors_header,
 )
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+NORM = ("model.embed_layer_norm.weight", "model.embed_layer_norm.bias")  # of a stable embedding
 BLOCK = 2**20  # bytes that are converted at a time
+PART = 2**27  # bytes that the kernel copies at a time
 WINDOW = 2**27  # bytes that are read through one mapping of a pickle
-
-# The dtypes that weights may have, by their names in safetensors. Integers and 8-bit floats are
-# not among them: they belong to quantised models, which are more than their weights.
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # The files beside the weights that the result needs as well.
 COPIED = [
     "tokenizer.model",
     "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -86,14 +110,9 @@ BROKEN_FILE = (
 )
 
 
-def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Give the bytes of a tensor, or of one row if its first dimension is left off."""
-    return prod(shape) * dtype.itemsize
-
-
 def is_plain(value: object) -> bool:
-    """Tell whether a value is a tensor that has all its elements, so not a sparse one."""
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    """Tell whether a value is a tensor that has all its elements: not a sparse or a meta one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
@@ -115,7 +134,7 @@ def map_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(message) from None
     except BROKEN_FILE as error:
         kinds = "safetensors, or of torch.save since 1.6"
-        raise ValueError(f"{path} is no whole file of {kinds}: {error}") from None
+        raise ValueError(cut(f"{path} is no whole file of {kinds}: {error}", 1000)) from None
     fits = isinstance(tensors, dict) and all(
         isinstance(name, str) and is_plain(value) for name, value in tensors.items()
     )
@@ -142,9 +161,15 @@ class Stored:
     """What a tensor of the source is like, and where it lies."""
 
     path: Path
+    name: str  # that it has there
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int | None  # of its bytes in a file of safetensors; a pickle does not tell
+
+    @property
+    def size(self) -> int:
+        """Give the bytes that it takes."""
+        return byte_size(self)
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
@@ -154,7 +179,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         offsets = data_offsets(path)
     return {
-        name: Stored(path, tensor.dtype, tuple(tensor.shape), offsets.get(name))
+        name: Stored(path, name, tensor.dtype, tuple(tensor.shape), offsets.get(name))
         for name, tensor in tensors.items()
     }
 
@@ -169,13 +194,18 @@ def find_files(folder: Path) -> tuple[list[str], Path | None, dict[str, str]]:
             return [file], None, {}
         index_path = folder / f"{file}.index.json"
         if index_path.is_file():
-            index = read_json(index_path).get("weight_map")
-            fits = isinstance(index, dict) and len(index) > 0
-            fits = fits and all(isinstance(shard, str) for shard in index.values())
-            expect(fits, f"{index_path} has no weight_map from tensors to files")
+            index = read_index(index_path)
             return sorted(set(index.values())), index_path, index
     expected = "expected model.safetensors or pytorch_model.bin, or an index"
-    raise FileNotFoundError(f"{folder} has no weights: {expected}")
+    message = f"{folder} has no weights: {expected}"
+    if adapter_files(folder):
+        message += "; it has an adapter, which its own library merges into a model"
+    raise FileNotFoundError(message)
+
+
+def adapter_files(folder: Path) -> list[str]:
+    """Name the files of an adapter, as of LoRA, which are not a part of the weights."""
+    return sorted(path.name for path in folder.glob("adapter_*"))
 
 
 class Source:
@@ -196,14 +226,24 @@ class Source:
         for file in self.files:
             path = folder / file
             try:
-                check_shard(path, folder, self.index_path)
+                expect(path.is_file(), f"{path} is missing")
+                expect_no_pointer(path)
                 found = stored_tensors(path)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.broken[file] = str(error)
                 continue
             self.tensors |= found
             for name in found:
                 self.holders[name].append(path.name)
+
+    def use_plain_names(self) -> None:
+        """Call all tensors as openllama.py does; the files go on calling them as they do."""
+        plain = plain_names(self.tensors)
+        self.tensors = {plain[name]: stored for name, stored in self.tensors.items()}
+
+    def whole(self, name: str) -> Tensor:
+        """Read a tensor that is small."""
+        return torch.cat([block.clone() for block in self.blocks(name)])
 
     def blocks(self, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """Give the rows of a tensor in turn, some at a time; each block is gone with the next.
@@ -212,10 +252,10 @@ class Source:
         for the last.
         """
         stored = self.tensors[name]
-        row_size = byte_size(stored.shape[1:], stored.dtype)
+        row_size = prod(stored.shape[1:]) * stored.dtype.itemsize
         step = multiple * max(1, BLOCK // (multiple * row_size))
         if stored.offset is None:
-            return self.mapped_blocks(name, step, row_size)
+            return self.mapped_blocks(stored, step, row_size)
         return self.read_blocks(stored, step, row_size)
 
     def read_blocks(self, stored: Stored, step: int, row_size: int) -> Iterator[Tensor]:
@@ -231,20 +271,19 @@ class Source:
                 expect(whole, f"{stored.path} has changed while it was read")
                 yield torch.frombuffer(block, dtype=stored.dtype).view(-1, *stored.shape[1:])
 
-    def mapped_blocks(self, name: str, step: int, row_size: int) -> Iterator[Tensor]:
+    def mapped_blocks(self, stored: Stored, step: int, row_size: int) -> Iterator[Tensor]:
         """Read from a pickle, of which only a mapping is to be had.
 
         What was read through a mapping counts as memory of this process for as long as the
         mapping lives. So it is renewed after WINDOW bytes.
         """
-        stored = self.tensors[name]
         for start in range(0, stored.shape[0], step):
             if self.mapped_path != stored.path or self.mapped_read > WINDOW:
                 self.mapped_path = stored.path
                 self.mapped = map_file(stored.path)
                 self.mapped_read = 0
             self.mapped_read += step * row_size
-            yield self.mapped[name][start : start + step]
+            yield self.mapped[stored.name][start : start + step]
 
 
 # --- Reading its config.json -----------------------------------------------------------------
@@ -258,26 +297,28 @@ LLAMA_KEYS = {field.name for field in fields(OpenLlamaConfig)} | {
     "head_dim",
     "attention_bias",
     "mlp_bias",
-    "quantization_config",
 }
 
 
 def read_config(folder: Path) -> tuple[OpenLlamaConfig, int, dict]:
-    """Read the configuration that the result has.
+    """Read the configuration of the source.
 
     Beside it come the number of query heads that share a stored key and value head, and what
     config.json holds.
     """
-    values = read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     kind = values.get("model_type", "open-llama")
     known = kind in ("open-llama", "open_llama", "llama")
     expect(known, f"model_type={kind!r}: expected 'open-llama' or 'llama'")
-    labels = values.get("id2label") or {}
-    expect(isinstance(labels, dict), f"id2label={labels!r}: expected an object")
-    if kind == "llama":
-        config = config_of_llama(values)
-        return config, queries_per_key(values, config.num_attention_heads), values
-    return OpenLlamaConfig.from_dict(values), 1, values
+    read_generation_ends(folder)  # as the result is to be loaded with them
+    with no_deep_nesting(path):
+        if kind == "llama":
+            config = config_of_llama(values)
+            return config, queries_per_key(values, config.num_attention_heads), values
+        # Where it matters, the weights show it.
+        settings = {key: value for key, value in values.items() if key != "quantization_config"}
+        return OpenLlamaConfig.from_dict(settings), 1, values
 
 
 def config_of_llama(values: dict) -> OpenLlamaConfig:
@@ -322,20 +363,21 @@ def queries_per_key(values: dict, heads: int) -> int:
 class Target:
     """A tensor of the result, and how it is made from that of `source`.
 
-    It is cast to `dtype`, and each of its heads, of D rows, comes `repeat` times.
+    It is cast to the dtype of `like`, and each of its heads, of D rows, comes `repeat` times. Where
+    it is normalised, its rows are what a stable embedding makes of those of the source.
     """
 
     name: str
     source: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    like: Tensor  # of the same dtype and shape, but without memory
     repeat: int
     D: int
+    normalised: bool
 
-    @property
-    def size(self) -> int:
-        """Give the bytes that it takes in its file."""
-        return byte_size(self.shape, self.dtype)
+    def is_copy(self, stored: Stored) -> bool:
+        """Tell whether its bytes are those of a file of safetensors, as they are."""
+        changed = self.normalised or self.repeat > 1 or self.like.dtype != stored.dtype
+        return stored.offset is not None and not changed
 
     def blocks(self, source: Source) -> Iterator[Tensor]:
         """Make its rows from the source's, a block at a time, as they are to be written.
@@ -343,13 +385,21 @@ class Target:
         ValueError where a number does not fit the dtype; the plan could not know, as it has read
         headers only.
         """
-        for block in source.blocks(self.source, multiple=self.D):
-            cast = block.to(self.dtype)
+        for block in self.uncast_blocks(source):
+            cast = block.to(self.like.dtype)
             if overflows(block, cast):
-                largest = largest_number(source, self.source)
-                reason = f"its largest value is {largest:g}"
-                raise ValueError(f"{self.source} does not fit {self.dtype}: {reason}")
+                reason = f"its largest value is {largest_number(self.uncast_blocks(source)):g}"
+                raise ValueError(f"{self.source} does not fit {self.like.dtype}: {reason}")
             yield self.repeat_heads(cast).contiguous()
+
+    def uncast_blocks(self, source: Source) -> Iterator[Tensor]:
+        """Make the blocks before they are cast, and before heads are repeated."""
+        if not self.normalised:
+            yield from source.blocks(self.source, multiple=self.D)
+            return
+        weight, bias = (source.whole(name).double() for name in NORM)
+        for block in source.blocks(self.source):
+            yield F.layer_norm(block.double(), weight.shape, weight, bias)
 
     def repeat_heads(self, block: Tensor) -> Tensor:
         """Put the copies of a head beside it, as query heads that share one are neighbours."""
@@ -366,11 +416,18 @@ class Plan:
     looked at only where the files themselves are in order.
     """
 
-    def __init__(self, src: Path, dst: Path, dtype: str, max_shard_size: str, overwrite: bool):
+    def __init__(
+        self, src: Path, dst: Path, to: str, dtype: str, max_shard_size: str, overwrite: bool
+    ):
         expect(src.is_dir(), f"{src} is no folder")
+        expect(to in RESULTS, f"to={to!r}: expected one of {RESULTS}")
+        limit = parse_size(max_shard_size)
+        cast = None
+        if dtype != "keep":
+            cast = as_dtype(dtype)
         problems = check_destination(src, dst, overwrite)
         try:
-            self.config, group, values = read_config(src)
+            config, group, values = read_config(src)
         except (ValueError, OSError) as error:
             problems.append(str(error))
         try:
@@ -380,125 +437,128 @@ class Plan:
             problems.append(str(error))
         report(problems)
 
+        self.source.use_plain_names()
+        check_quantised(self.source, values)
+        check_layers(config, len(self.source.tensors))
         self.model = OpenLlamaForCausalLM
         architectures = str(values.get("architectures"))
         if "score.weight" in self.source.tensors or "ForSequence" in architectures:
             self.model = OpenLlamaForSequenceClassification
-        self.targets, self.dropped = self.choose(group, dtype)
-        self.size = sum(target.size for target in self.targets)
-        self.shards = split(self.targets, limit=parse_size(max_shard_size))
+        self.to = to
+        self.config = config
+        if to == "llama":
+            self.config = without_stable_embedding(config)
+        self.targets, self.dropped = self.choose(config, group, cast)
+        self.like = {target.name: target.like for target in self.targets}
+        self.size = sum(map(byte_size, self.like.values()))
+        self.shards = deal(self.like, limit)
         self.copied = [src / name for name in COPIED if (src / name).is_file()]
-        self.more = self.describe(values)
+        self.notes = self.take_notes(src, values)
         check_space(dst, self.size)
 
-    def choose(self, group: int, dtype: str) -> tuple[list[Target], list[str]]:
-        """Choose the tensors of the result, and the names of those that are left out of it."""
-        tensors = self.source.tensors
-        layers = self.config.num_hidden_layers
-        # This comes first, as even without memory a model of endless layers is never made.
-        fits = layers <= len(tensors)
-        expect(fits, f"num_hidden_layers={layers}: expected fewer, of {len(tensors)} tensors")
-        with torch.device("meta"):  # shapes without memory
-            wanted = self.model(self.config).state_dict()
+    def choose(
+        self, config: OpenLlamaConfig, group: int, cast: torch.dtype | None
+    ) -> tuple[list[Target], list[str]]:
+        """Choose the tensors of the result, and the names of those that are left out of it.
 
-        sources = {name: name for name in wanted}
-        dropped = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]  # computed
-        tied = self.model is OpenLlamaForCausalLM and HEAD not in wanted
-        if tied and HEAD in tensors:  # saved with the embedding, or in its stead
+        config: the source's; group: the query heads that share a key and value head there; cast:
+        the dtype of the result, or None to keep each tensor's own.
+        """
+        tensors = self.source.tensors
+        expected = shapes_of(self.model, config)
+        for name, tensor in expected.items():
+            if name.endswith(("k_proj.weight", "v_proj.weight")):
+                expected[name] = tensor[: len(tensor) // group]
+        dropped = [name for name in tensors if name.endswith(COMPUTED)]
+        embedding = EMBEDDING
+        shared = self.model is OpenLlamaForCausalLM and HEAD not in expected
+        if shared and HEAD in tensors:  # saved with the embedding, or in its stead
             if EMBEDDING in tensors:
                 dropped.append(HEAD)
             else:
-                sources[EMBEDDING] = HEAD
-
-        targets = []
-        problems = []
-        for name, source in sources.items():
-            if source not in tensors:
-                problems.append(f"{name} is missing")
-                continue
-            shape = tuple(wanted[name].shape)
-            repeat = 1
-            if name.endswith(("k_proj.weight", "v_proj.weight")):
-                repeat = group
-            expected = (shape[0] // repeat, *shape[1:])
-            problems += check_tensor(source, tensors[source], expected)
-            cast = getattr(torch, dtype, tensors[source].dtype)  # "keep" is no name in torch
-            targets.append(Target(name, source, cast, shape, repeat, self.config.head_dim))
-        problems += check_left_over(tensors, {*sources.values(), *dropped})
-        report(problems)
+                embedding = HEAD
+                expected[HEAD] = expected.pop(EMBEDDING)
+        found = {name: stored for name, stored in tensors.items() if name not in dropped}
+        report(mismatches(found, expected))
         if HEAD in dropped:
             check_tied(self.source)
+
+        targets = []
+        for name, tensor in shapes_of(self.model, self.config).items():
+            source = name
+            if name == EMBEDDING or (name == HEAD and shared):
+                source = embedding
+            target = Target(
+                name,
+                source,
+                like=tensor.to(cast or tensors[source].dtype),
+                repeat=len(tensor) // tensors[source].shape[0],
+                D=config.head_dim,
+                normalised=name == EMBEDDING and config.use_stable_embedding and self.to == "llama",
+            )
+            targets.append(target)
         return targets, dropped
 
-    def describe(self, values: dict) -> dict:
-        """Give what config.json holds beside the configuration.
+    def config_text(self) -> str:
+        """Write the result's config.json, and there what tells a reader which class to load."""
+        name = self.model.__name__
+        values = self.config.to_dict()
+        if self.to == "llama":
+            name = name.removeprefix("Open")
+            values = llama_values(self.config)
+        dtype = str(reduce(torch.promote_types, [like.dtype for like in self.like.values()]))
+        values |= {"architectures": [name], "torch_dtype": dtype.removeprefix("torch.")}
+        return json.dumps(values, indent=2) + "\n"
 
-        These are the labels of the source, which the configuration only counts, and what a
-        reader must know to choose the class and the dtype to load.
-        """
-        more = {key: values[key] for key in ("id2label", "label2id") if key in values}
-        more["architectures"] = [self.model.__name__]
-        common = reduce(torch.promote_types, [target.dtype for target in self.targets])
-        more["torch_dtype"] = str(common).removeprefix("torch.")
-        return more
+    def take_notes(self, src: Path, values: dict) -> list[str]:
+        """Say what the user may not expect, though nothing is wrong with it."""
+        notes = []
+        theta = self.config.rope_theta
+        if theta != 10000:
+            notes.append(f"rope_theta={theta:g} is ignored by transformers 4.31")
+        scaling = self.config.rope_scaling or {}
+        if self.to == "llama" and scaling.get("type") == "dynamic":
+            notes.append(
+                "dynamic scaling differs elsewhere, beyond max_position_embeddings: "
+                "its base follows the longest row of a batch, and cached keys keep theirs"
+            )
+        if values.get("quantization_config"):
+            notes.append("quantization_config is left out, as the weights are not quantised")
+        adapter = adapter_files(src)
+        if adapter:
+            notes.append(f"{', '.join(adapter)}: an adapter, which is not merged into the weights")
+        return notes + check_tokenizer(src, self.config)
 
     def __str__(self) -> str:
         """Tell the plan in a line for each kind of thing that is done, and one for the whole."""
         tensors = self.source.tensors
         casts = Counter(
-            f"{tensors[target.source].dtype} to {target.dtype}".replace("torch.", "")
+            f"{tensors[target.source].dtype} to {target.like.dtype}".replace("torch.", "")
             for target in self.targets
         )
+        names = {target.name: tensors[target.source].name for target in self.targets}
         lists = {
             "source": self.source.files,
-            "renamed": [f"{t.source} to {t.name}" for t in self.targets if t.source != t.name],
+            "renamed": [f"{old} to {new}" for new, old in names.items() if old != new],
             "dropped": self.dropped,
             "repeated": [f"{t.name} x {t.repeat}" for t in self.targets if t.repeat > 1],
+            "normalised": [target.name for target in self.targets if target.normalised],
             "dtypes": [f"{count} x {kinds}" for kinds, count in casts.items()],
             "copied": [path.name for path in self.copied],
             "result": list(self.shards),
         }
         lines = [f"{title + ':':12}{first_few(items)}" for title, items in lists.items()]
-        count = sum(prod(target.shape) for target in self.targets)
-        size = sum(byte_size(stored.shape, stored.dtype) for stored in tensors.values())
-        sizes = f"{readable(size)} in, {readable(self.size)} out"
+        count = sum(prod(like.shape) for like in self.like.values())
+        sizes = f"{readable(sum(map(byte_size, tensors.values())))} in, {readable(self.size)} out"
         lines.append(f"{self.model.__name__}: {count:,} parameters, {sizes}")
-        theta = self.config.rope_theta
-        if theta != 10000:
-            lines.append(f"note: rope_theta={theta:g} is ignored by transformers 4.31")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def parse_size(text: str) -> float:
-    """Give the number of bytes in a size like 500MB, 2GB or 2GiB."""
-    problem = f"max_shard_size={text!r}: expected a size, as in 500MB or 2GB"
-    parts = re.fullmatch(r"(\d+\.?\d*) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
-    expect(parts is not None, problem)
-    number, prefix, binary = parts.groups()
-    base = 1000
-    if binary:
-        base = 1024
-    size = float(number) * base ** ["", "K", "M", "G", "T"].index(prefix.upper())
-    expect(size > 0, problem)
-    return size
-
-
-def split(targets: list[Target], limit: float) -> dict[str, list[Target]]:
-    """Deal the tensors to files of at most `limit` bytes, or of one tensor that is larger."""
-    shards = [[]]
-    size = 0
-    for target in targets:
-        if shards[-1] and size + target.size > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(target)
-        size += target.size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
-        for number, shard in enumerate(shards, start=1)
-    }
+def shapes_of(model: type, config: OpenLlamaConfig) -> dict[str, Tensor]:
+    """Give the tensors of a model by their names, without memory."""
+    with torch.device("meta"):
+        return model(config).state_dict()
 
 
 def first_few(items: list[str]) -> str:
@@ -517,6 +577,47 @@ def readable(size: float) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
+# --- Out to LLaMA ----------------------------------------------------------------------------
+
+# Of the three changes that make an Open-Llama of a LLaMA, attention is only computed differently,
+# and the shared embedding can be written twice. The stable embedding is a function of the token
+# alone: so the LayerNorm of each row is computed once and for all, and is LLaMA's embedding.
+
+RESULTS = ["open-llama", "llama"]
+
+
+def without_stable_embedding(config: OpenLlamaConfig) -> OpenLlamaConfig:
+    """Say how the result is built. Its two matrices are one only where they are equal."""
+    shared = config.shared_input_output_embedding or config.tie_word_embeddings
+    return replace(
+        config,
+        use_stable_embedding=False,
+        shared_input_output_embedding=shared and not config.use_stable_embedding,
+        tie_word_embeddings=False,
+    )
+
+
+def llama_values(config: OpenLlamaConfig) -> dict:
+    """Say in LLaMA's words what config.json says. There is no dropout after the MLP in a LLaMA."""
+    values = config.to_dict()
+    for name in (
+        "use_memory_efficient_attention",
+        "use_stable_embedding",
+        "shared_input_output_embedding",
+        "hidden_dropout_prob",
+        "attention_dropout_prob",
+    ):
+        del values[name]
+    return values | {
+        "model_type": "llama",
+        "num_key_value_heads": config.num_attention_heads,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": config.attention_dropout_prob,
+        "tie_word_embeddings": config.shared_input_output_embedding,
+    }
+
+
 # --- Checks ----------------------------------------------------------------------------------
 
 
@@ -532,44 +633,45 @@ def report(problems: list[str]) -> None:
     raise ValueError("\n  ".join(lines))
 
 
-def check_shard(path: Path, folder: Path, index_path: Path | None) -> None:
-    """An index is not trusted to name files: one that lies elsewhere is not opened."""
-    beside = path.parent == folder and path.name != ".."
-    expect(beside, f"{index_path} names {path}: expected a file beside it")
-    expect(path.is_file(), f"{path} is missing")
-
-
 def check_source(source: Source) -> list[str]:
     """List the broken files, and the tensors that are not in the one file that the index names.
 
-    Of a broken file it is not known what it holds, so that the index is not compared with it.
+    Of a broken file it is not known what it holds, so that the index is not compared with it. Nor
+    does it matter where a tensor is that the result does not have.
     """
     problems = list(source.broken.values())
     index = {name: file for name, file in source.index.items() if file not in source.broken}
     for name in source.tensors | index:
+        if name.endswith(COMPUTED):
+            continue
+        name_there = cut(name, 100)
         found = source.holders.get(name, ["no file"])
         told = index.get(name, "no file")
         if len(found) > 1:
-            problems.append(f"{name} is there twice, in {' and '.join(found)}")
+            problems.append(f"{name_there} is there twice, in {' and '.join(found)}")
         elif source.index_path and found != [told]:
-            problems.append(f"{name} is in {found[0]}, but {source.index_path} tells of {told}")
+            there = f"{name_there} is in {found[0]}"
+            problems.append(f"{there}, but {source.index_path} tells of {told}")
     return problems
 
 
-def check_tensor(name: str, stored: Stored, expected: tuple[int, ...]) -> list[str]:
-    """Say what is wrong with a tensor, if anything is, by what the header tells of it."""
-    if stored.shape != expected:
-        return [f"{name} has shape {stored.shape}: expected {expected}"]
-    if stored.dtype not in DTYPES:
-        known = ", ".join(map(str, DTYPES))
-        return [f"{name} has dtype {stored.dtype}: expected one of {known}"]
+def check_quantised(source: Source, values: dict) -> None:
+    """A merged model may still be called quantised in its config.json; its weights are not."""
+    packed = [name for name, stored in source.tensors.items() if stored.dtype not in FLOATS]
+    if values.get("quantization_config") and packed:
+        kind = f"{cut(packed[0], 100)} has dtype {source.tensors[packed[0]].dtype}"
+        raise ValueError(f"quantization_config: quantised weights cannot be converted: {kind}")
+
+
+def check_tokenizer(folder: Path, config: OpenLlamaConfig) -> list[str]:
+    """Try the tokenizer, and say what is wrong with it. The weights are good without it."""
+    try:
+        load_tokenizer(folder, config.bos_token_id)
+    except (FileNotFoundError, ImportError):  # there is none, or what reads it is not installed
+        return []
+    except (ValueError, OSError) as error:
+        return [f"openllama.py cannot read the tokenizer: {error}"]
     return []
-
-
-def check_left_over(tensors: dict[str, Stored], used: set[str]) -> list[str]:
-    """A tensor without a place in the result is a sign that the source is another model."""
-    unknown = sorted(tensors.keys() - used)
-    return [f"{name} of shape {tensors[name].shape} is left over" for name in unknown]
 
 
 def check_tied(source: Source) -> None:
@@ -597,9 +699,9 @@ def overflows(block: Tensor, cast: Tensor) -> bool:
     return bool((cast.isinf() & block.isfinite()).any())
 
 
-def largest_number(source: Source, name: str) -> float:
+def largest_number(blocks: Iterator[Tensor]) -> float:
     """Give the largest magnitude in a tensor, infinities and NaN aside."""
-    finite = (rows.where(rows.isfinite(), 0) for rows in source.blocks(name))
+    finite = (rows.where(rows.isfinite(), 0) for rows in blocks)
     return max(float(rows.abs().max()) for rows in finite)
 
 
@@ -628,20 +730,9 @@ def is_replaceable(folder: Path) -> bool:
     return empty or (folder / "config.json").is_file()
 
 
-def temporary_prefix(dst: Path) -> str:
-    """Begin the name of a temporary folder so that the next run to the same place knows it."""
-    return f".{dst.name}.converting-"
-
-
-def leftovers(dst: Path) -> list[Path]:
-    """List the temporary folders of runs that were killed."""
-    prefix = temporary_prefix(dst)
-    return [path for path in dst.parent.iterdir() if path.name.startswith(prefix)]
-
-
 def check_space(dst: Path, size: int) -> None:
-    """What killed runs have left counts as free, as it is removed before anything is written."""
-    freed = sum(file.stat().st_size for folder in leftovers(dst) for file in folder.rglob("*"))
+    """What a killed run has left counts as free, as it is removed before anything is written."""
+    freed = sum(file.stat().st_size for file in (workplace(dst) / "new").rglob("*"))
     free = shutil.disk_usage(dst.parent).free + freed
     has = f"{dst.parent} has {readable(free)} of free space"
     expect(free > size, f"{has}: expected {readable(size)}")
@@ -650,79 +741,141 @@ def check_space(dst: Path, size: int) -> None:
 # --- Writing ---------------------------------------------------------------------------------
 
 
-def write(plan: Plan, dst: Path) -> None:
-    """Carry out the plan in a temporary folder, and put the result in the place of dst.
+def workplace(dst: Path) -> Path:
+    """Name the folder that a conversion works in: beside dst, hence on the same disk."""
+    return dst.with_name(f".{dst.name}.converting")
 
-    The folder lies beside dst, hence on the same disk, where a rename is done at once or not at
-    all: at no moment is there half a checkpoint at dst. When it is killed between the two
-    renames, there is none; when anything fails there, the old one is put back.
+
+def write(plan: Plan, src: Path, dst: Path, overwrite: bool) -> None:
+    """Carry out the plan beside dst, and let the result take its place.
+
+    A rename is done at once or not at all: at no moment is there half a checkpoint at dst.
     """
-    stale = leftovers(dst)
-    replaces = dst.exists()
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix(dst), dir=dst.parent) as temporary:
-        new = Path(temporary, "new")
-        old = Path(temporary, "old")
-        for path in stale:
-            # Renamed first: a run that is still alive there fails, rather than finish with half.
-            shutil.rmtree(path.rename(old))
+    with working_at(dst) as place:
+        report(check_destination(src, dst, overwrite))  # a killed run may have left dst elsewhere
+        new = place / "new"
         new.mkdir()
         write_checkpoint(plan, new)
-        try:
-            if replaces:
-                dst.rename(old)
+        report(check_destination(src, dst, overwrite))  # as it may have come to be meanwhile
+        if not dst.exists():
             new.rename(dst)
+        elif not exchange(new, dst):
+            dst.rename(place / "old")
+            new.rename(dst)
+
+
+@contextmanager
+def working_at(dst: Path) -> Iterator[Path]:
+    """Make the folder to work in, and clear up there in the end, as after a run that was killed.
+
+    The folder is locked, so that another run to the same dst does not clear up meanwhile; a lock
+    ends with its process.
+    """
+    place = workplace(dst)
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY)
+    try:
+        expect(locks(lock, place), f"another conversion to {dst} is at work")
+        clear(place, dst)
+        try:
+            yield place
         finally:
-            if old.exists() and not dst.exists():
-                old.rename(dst)
+            clear(place, dst)
+            place.rmdir()
+    finally:
+        os.close(lock)
+
+
+def locks(lock: int, folder: Path) -> bool:
+    """Lock a folder, if no one else has. Some systems and network disks have no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    # the other may just have ended, and removed it
+    return folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+
+
+def clear(place: Path, dst: Path) -> None:
+    """Remove what a run has left, but for an old checkpoint that nothing has replaced."""
+    old = place / "old"
+    if old.exists() and not dst.exists():
+        old.rename(dst)
+    for path in place.iterdir():
+        shutil.rmtree(path)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one instant, if the system can, as Linux does."""
+    at_any_folder, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError, OSError):
+        return False
+    return renameat2(at_any_folder, bytes(a), at_any_folder, bytes(b), exchanging) == 0
 
 
 def write_checkpoint(plan: Plan, folder: Path) -> None:
     """Write all files of the result. As in transformers, a single file needs no index."""
     with progress(plan) as advance:
-        for file, shard in plan.shards.items():
-            write_shard(folder / file, shard, plan.source, advance)
+        targets = {target.name: target for target in plan.targets}
+        for file, names in plan.shards.items():
+            write_shard(folder / file, [targets[name] for name in names], plan.source, advance)
     if len(plan.shards) > 1:
-        index = {target.name: file for file, shard in plan.shards.items() for target in shard}
-        content = {"metadata": {"total_size": plan.size}, "weight_map": index}
-        text = json.dumps(content, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n")
+        (folder / INDEX).write_text(index_text(plan.shards, plan.like))
     for path in plan.copied:
         shutil.copyfile(path, folder / path.name)
-    plan.config.save_pretrained(folder, **plan.more)
+    (folder / "config.json").write_text(plan.config_text())
 
 
 def write_shard(path: Path, shard: list[Target], source: Source, advance: Callable) -> None:
-    """Write a file of safetensors: the header, then the bytes of the tensors.
-
-    Those of wide dtypes come first, so that each begins at a multiple of its dtype's size. This
-    is written by hand, as the library's own function wants all tensors in memory.
-    """
-    targets = sorted(shard, key=lambda target: target.dtype.itemsize, reverse=True)
-    with open(path, "wb") as file:
-        file.write(shard_header(targets))
-        for target in targets:
-            for block in target.blocks(source):
-                file.write(block.view(torch.uint8).numpy())
-                advance(bytes=block.nbytes)
+    """Write a file of safetensors: the header, then the bytes of the tensors."""
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, safetensors_header({target.name: target.like for target in shard}))
+        for target in shard:
+            for size in write_tensor(file, target, source):
+                advance(bytes=size)
             advance(tensors=1)
     advance(files=1)
 
 
-def shard_header(targets: list[Target]) -> bytes:
-    """Tell in JSON where each tensor lies; before it comes its length, in 8 bytes."""
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for target in targets:
-        start = end
-        end = start + target.size
-        header[target.name] = {
-            "dtype": DTYPES[target.dtype],
-            "shape": target.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
+def write_tensor(file: FileIO, target: Target, source: Source) -> Iterator[int]:
+    """Write a tensor, and give the number of bytes of each part that is done."""
+    stored = source.tensors[target.source]
+    if target.is_copy(stored) and hasattr(os, "sendfile"):
+        try:
+            yield from copy_bytes(stored, file)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+                raise
+        else:
+            return
+    for block in target.blocks(source):
+        write_all(file, block.view(torch.uint8).numpy())
+        yield block.nbytes
+
+
+def copy_bytes(stored: Stored, file: FileIO) -> Iterator[int]:
+    """Copy from file to file in the kernel. A system that cannot says so at the first part."""
+    with open(stored.path, "rb") as source:
+        done = 0
+        while done < stored.size:
+            part = min(stored.size - done, PART)
+            copied = os.sendfile(file.fileno(), source.fileno(), stored.offset + done, part)
+            expect(copied > 0, f"{stored.path} has changed while it was read")
+            done += copied
+            yield copied
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """Write to a file without a buffer, which may take less than it is given."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 @contextmanager
@@ -734,7 +887,7 @@ def progress(plan: Plan) -> Iterator[Callable]:
     """
     start = time.perf_counter()
     done = Counter()
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     line_end = "\n"
     if terminal:
         line_end = "\r"
@@ -746,14 +899,22 @@ def progress(plan: Plan) -> Iterator[Callable]:
         tensors = f"{done['tensors']} of {len(plan.targets)} tensors"
         size = f"{readable(done['bytes'])} of {readable(plan.size)}"
         rate = done["bytes"] / 1e6 / (time.perf_counter() - start)
-        state = f"{tensors}, {size}, {rate:.0f} MB/s  "
-        print(state, end=line_end, file=sys.stderr, flush=True)
+        say(f"{tensors}, {size}, {rate:.0f} MB/s  ", end=line_end)
 
     try:
         yield advance
     finally:
         if terminal:
-            print(file=sys.stderr)
+            say("")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Tell it on stderr, to whoever is there: a conversion does not end because nobody is."""
+    try:
+        if sys.stderr is not None:
+            print(text, end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody reads it, or it is closed
+        pass
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -762,12 +923,13 @@ def progress(plan: Plan) -> Iterator[Callable]:
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
+    to: str = "open-llama",
     dtype: str = "keep",
     max_shard_size: str = "2GB",
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Convert the checkpoint in the folder src into a new one, dst.
+    """Convert the checkpoint in the folder src into a new one, dst: of an Open-Llama, or a LLaMA.
 
     With dry_run, everything is checked, and the plan is printed; nothing is written.
 
@@ -776,19 +938,19 @@ def convert(
     """
     start = time.perf_counter()
     folder = Path(dst).resolve()
-    plan = Plan(Path(src), folder, dtype, max_shard_size, overwrite)
+    plan = Plan(Path(src), folder, to, dtype, max_shard_size, overwrite)
     if dry_run:
         print(plan)
         return
-    write(plan, folder)
+    write(plan, Path(src), folder, overwrite)
     seconds = time.perf_counter() - start
-    print(plan, f"{folder} is ready, after {seconds:.1f} s", sep="\n", file=sys.stderr)
+    say(f"{plan}\n{folder} is ready, after {seconds:.1f} s")
 
 
 def make_parser() -> ArgumentParser:
     """Make the parser; its results are named as the arguments of convert."""
     parser = ArgumentParser(
-        description="Convert an Open-Llama or LLaMA checkpoint for openllama.py."
+        description="Convert an Open-Llama or LLaMA checkpoint for openllama.py, or to a LLaMA."
     )
     add = parser.add_argument
     add(
@@ -797,6 +959,12 @@ def make_parser() -> ArgumentParser:
         help="folder of config.json and safetensors or pytorch_model.bin, in one file or shards",
     )
     add("dst", metavar="DST", help="folder to be made")
+    add(
+        "--to",
+        choices=RESULTS,
+        default="open-llama",
+        help="llama: for transformers, llama.cpp, vLLM; default: %(default)s",
+    )
     add(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
@@ -825,7 +993,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
+        say(f"convert_checkpoint.py: error: {error}")
         return 2
     return 0
 

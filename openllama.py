@@ -52,11 +52,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial, reduce
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
@@ -103,6 +104,7 @@ class OpenLlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": above 1}
     num_labels: int = 2  # of the classifier
+    id2label: dict[int, str] | None = None  # of the classifier: its labels' names, if they have any
     problem_type: str | None = None  # of the classifier; None: guessed from labels
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -122,7 +124,7 @@ class OpenLlamaConfig:
 
     def to_dict(self) -> dict:
         """The contents of a config.json."""
-        return {"model_type": "open-llama", **asdict(self)}
+        return config_values(self)
 
     @classmethod
     def from_pretrained(cls, folder: Folder) -> OpenLlamaConfig:
@@ -407,19 +409,29 @@ class OpenLlamaPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Folder, dtype: torch.dtype | None = None, device: Device = None
+        cls,
+        folder: Folder,
+        dtype: torch.dtype | str | None = None,
+        device: Device = None,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> OpenLlamaPreTrainedModel:
         """Load config.json and model.safetensors, or shards, of a folder, in evaluation mode.
 
         Weights are mapped from the files, and copied only where dtype (None: the one that holds
-        all of them, as a rule their own) or device (None: CPU) ask for it. ValueError tells all
-        that does not fit.
+        all of them, as a rule their own) or device (None: CPU) ask for it. torch_dtype is the name
+        that dtype has in transformers 4. ValueError tells all that does not fit.
         """
-        return load_model(cls, Path(folder), dtype, device)
+        return load_model(cls, Path(folder), as_dtype(dtype or torch_dtype), device)
 
-    def save_pretrained(self, folder: Folder) -> None:
-        """Write config.json and model.safetensors, which transformers 4.31 reads too."""
-        save_model(self, Path(folder))
+    def load_weights(self, folder: Folder) -> None:
+        """Take the weights of a checkpoint of the same sizes, in place. If this model is sharded
+        over processes, all of them call this, and each keeps its part."""
+        load_weights(self, Path(folder))
+
+    def save_pretrained(self, folder: Folder, max_shard_size: str = "10GB") -> None:
+        """Write config.json and model.safetensors, or shards, which transformers 4.31 reads too.
+        If this model is sharded over processes, all of them call this, and the first writes."""
+        save_model(self, Path(folder), max_shard_size)
 
     def resize_token_embeddings(self, size: int) -> nn.Embedding:
         """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
@@ -1185,7 +1197,14 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig)
 
 def expect(ok: bool, message: str) -> None:
     if not ok:
-        raise ValueError(message)
+        raise ValueError(cut(message, 4000))
+
+
+def cut(text: str, length: int) -> str:
+    """A text for a message, which may hold what a broken file says, however long."""
+    if len(text) <= length:
+        return text
+    return f"{text[:length]}..."
 
 
 def expect_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -1235,6 +1254,7 @@ ACTIVATIONS = {
 def check_config(config: OpenLlamaConfig) -> None:
     """ValueError for a setting that no model can have. Those of a subclass are left to it."""
     normalise_rope_scaling(config)
+    normalise_labels(config)
     for field in fields(OpenLlamaConfig):
         name = field.name
         value = getattr(config, name)
@@ -1271,13 +1291,20 @@ def check_config(config: OpenLlamaConfig) -> None:
     )
 
 
+MAX_SIZE = 2**28  # the bytes of a matrix of this size squared are a number of 64 bits
+MAX_FLOAT = torch.finfo(torch.float32).max
+
+
 def check_number(name: str, value: object, kind: type) -> None:
     number = type(value) in (int, kind)  # not a bool, which is an int, too
     if name in ("hidden_dropout_prob", "attention_dropout_prob"):
         expect(number and 0 <= value < 1, f"{name}={value!r}: expected {kind.__name__} in [0, 1)")
+    elif kind is int:
+        ok = number and 0 < value <= MAX_SIZE
+        expect(ok, f"{name}={value!r}: expected int above 0, at most {MAX_SIZE}")
     else:
-        ok = number and 0 < value < math.inf
-        expect(ok, f"{name}={value!r}: expected {kind.__name__} above 0")
+        ok = number and 0 < value <= MAX_FLOAT
+        expect(ok, f"{name}={value!r}: expected float above 0, at most {MAX_FLOAT:.4g}")
 
 
 def check_token_id(name: str, value: object) -> None:
@@ -1287,7 +1314,8 @@ def check_token_id(name: str, value: object) -> None:
     if not isinstance(value, list):
         ids = [value]
     for token in ids:
-        expect(type(token) is int, f"{name}={value!r}: expected a token's id or None")
+        ok = type(token) is int and abs(token) <= MAX_SIZE
+        expect(ok, f"{name}={value!r}: expected a token's id or None")
 
 
 def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
@@ -1296,18 +1324,27 @@ def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
     if given is None:
         return
     expect(isinstance(given, dict), f"rope_scaling={given!r}: expected a dict of type and factor")
+    if given == {}:
+        config.rope_scaling = None
+        return
     rope = {key: value for key, value in given.items() if value is not None}
     config.rope_theta = rope.pop("rope_theta", config.rope_theta)  # transformers 5 has it here
     kind = rope.pop("type", None)
     kind = rope.pop("rope_type", kind)  # its newer name
+    if kind == "linear" and rope.get("factor") == 1:  # which changes nothing
+        kind = "default"
     if kind == "default":  # which has no use for a factor
         rope.pop("factor", None)
     kinds = [name for name in ROTARY_EMBEDDINGS if name != "default"]
     expected = f"rope_scaling={given}: expected type {' or '.join(kinds)} and factor > 1, no more"
     expect(kind in ["default", *kinds], expected)
-    expect(rope.keys() == set(ROTARY_EMBEDDINGS[kind].settings), expected)
+    settings = ROTARY_EMBEDDINGS[kind].settings
+    original = "original_max_position_embeddings"
+    if original not in settings and rope.get(original) == config.max_position_embeddings:
+        del rope[original]  # which says nothing new
+    expect(rope.keys() == set(settings), expected)
     for value in rope.values():
-        expect(type(value) in (int, float) and value > 0, expected)
+        expect(type(value) in (int, float) and 0 < value <= MAX_FLOAT, expected)
     if "factor" in rope:
         expect(rope["factor"] > 1, expected)
     config.rope_scaling = None
@@ -1316,12 +1353,40 @@ def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
         config.rope_scaling = {"type": kind, **numbers}
 
 
-LIBRARY_KEYS = {  # what transformers writes into config.json besides the model, in groups
-    *("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
-    *("tokenizer_class", "sep_token_id", "label2id", "finetuning_task", "pretraining_tp"),
+def normalise_labels(config: OpenLlamaConfig) -> None:
+    """Bring id2label into one form: None, or a name for each id, which num_labels then counts."""
+    labels = config.id2label
+    config.id2label = None
+    if labels is None or labels == {}:
+        return
+    expected = f"id2label={labels!r}: expected a dict of ids and names"
+    expect(isinstance(labels, dict), expected)
+    for key, name in labels.items():
+        expect(str(key).isdecimal() and isinstance(name, str | int), expected)
+    count = len(labels)
+    given = config.num_labels
+    expect(given in (2, count), f"num_labels={given!r}: expected {count}, as id2label has names")
+    config.num_labels = count
+    named = {int(key): name for key, name in labels.items()}
+    if named != {number: f"LABEL_{number}" for number in range(count)}:  # made up by transformers
+        config.id2label = named
+
+
+# What transformers writes into config.json besides the model: what its PretrainedConfig knows in
+# 4.31, in groups, and some keys of other versions. None of them changes an Open-Llama there.
+LIBRARY_KEYS = {
+    *("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "name_or_path"),
+    *("use_bfloat16", "torchscript", "tf_legacy_loss", "xla_device", "pruned_heads"),
+    *("is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size"),
+    *("tie_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
+    *("tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id"),
+    *("label2id", "finetuning_task", "task_specific_params"),
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p"),
-    *("num_beams", "num_beam_groups", "early_stopping", "length_penalty", "repetition_penalty"),
-    *("no_repeat_ngram_size", "num_return_sequences", "return_dict_in_generate"),
+    *("num_beams", "num_beam_groups", "diversity_penalty", "early_stopping", "length_penalty"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("num_return_sequences", "output_scores", "return_dict_in_generate"),
 }
 
 
@@ -1338,29 +1403,70 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
     rope_parameters = values.pop("rope_parameters", None)  # of transformers 5
     if rope_parameters:
         values["rope_scaling"] = rope_parameters
-    labels = values.pop("id2label", None)
-    if labels:
-        values["num_labels"] = len(labels)
+    if values.get("id2label"):  # it counts more than a number, as in transformers
+        values.pop("num_labels", None)
     own = {field.name for field in fields(cls)}
     config = cls(**{key: value for key, value in values.items() if key in own})
     so_anyway = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
-    for key in values.keys() - own - LIBRARY_KEYS:
-        value = values[key]
-        harmless = key.startswith("_") or not value or value == so_anyway.get(key)
-        expect(harmless, f"{key}={value!r} is a setting that Open-Llama does not have")
+    unknown = []
+    for key, value in values.items():
+        known = key in own or key in LIBRARY_KEYS or key.startswith("_")
+        if not known and value and value != so_anyway.get(key):
+            unknown.append(cut(f"{key}={value!r}", 200))
+    expect(not unknown, f"Open-Llama does not have these settings: {first(unknown)}")
     return config
 
 
-# Then, files
+def first(items: list[str], separator: str = ", ", count: int = 20) -> str:
+    """The first of them, and how many more there are."""
+    shown = items[:count]
+    if len(items) > count:
+        shown.append(f"and {len(items) - count} more")
+    return separator.join(shown)
+
+
+# Then, reading files
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of shards
+CHECKPOINT_FILE = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+COMPUTED = "rotary_emb.inv_freq"  # the end of names in old files, of what is no weight
+# By their names in safetensors. Weights are FLOATS: integers and 8-bit floats belong to quantised
+# models, which are more than their weights.
+STORED_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+FLOATS = [dtype for dtype in STORED_TYPES if dtype.is_floating_point]
+WEIGHT_TYPES = f"one of {', '.join(map(str, FLOATS))}"
 
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with no_deep_nesting(path):
+            value = json.loads(
+                path.read_text(encoding="utf-8-sig")
+            )  # some editors begin it with a mark
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     expect(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object")
     return value
+
+
+@contextlib.contextmanager
+def no_deep_nesting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
 
 
 def read_json_if_there(path: Path) -> dict:
@@ -1376,62 +1482,128 @@ def load_config(cls: type[OpenLlamaConfig], folder: Path) -> OpenLlamaConfig:
             f"there is no folder {folder}; if that is a name on the Hugging Face Hub: "
             f"hf download {folder} --local-dir {folder}, then {convert} CONVERTED"
         )
-    values = read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     kind = values.get("model_type")
     expect(
         kind != "llama",
         f"{folder} holds a LLaMA, which becomes an Open-Llama by: {convert} CONVERTED",
     )
-    config = cls.from_dict(values)
-    ends = read_json_if_there(folder / "generation_config.json").get("eos_token_id")
-    if ends is not None:  # it counts more, as in transformers
-        check_token_id("eos_token_id", ends)
+    with no_deep_nesting(path):
+        config = cls.from_dict(values)
+    ends = read_generation_ends(folder)
+    if ends is not None:  # they count more, as in transformers
         config.eos_token_id = ends
     return config
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once it is whole."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def read_generation_ends(folder: Path) -> int | list[int] | None:
+    """The ids that end a text, by generation_config.json, if it names any."""
+    ends = read_json_if_there(folder / "generation_config.json").get("eos_token_id")
+    check_token_id("eos_token_id", ends)
+    return ends
 
 
-def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
-    text = config_text(config, more)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "config.json") as path:
-        path.write_text(text, encoding="utf-8")
+def load_model(
+    cls: type[OpenLlamaPreTrainedModel], folder: Path, dtype: torch.dtype | None, device: Device
+) -> OpenLlamaPreTrainedModel:
+    config = cls.config_class.from_pretrained(folder)
+    tensors = read_tensors(cls, folder)
+    check_layers(config, len(tensors))
+    with torch.device("meta"):  # shapes without memory
+        model = cls(config)
+    wanted = model.state_dict()
+    lacking = []
+    for name in cls.may_lack:
+        own = [key for key in wanted if key.startswith(f"{name}.")]
+        if not tensors.keys() & own:
+            lacking.append(name)
+            wanted = {key: tensor for key, tensor in wanted.items() if key not in own}
+    check_tensors(tensors, wanted, folder)
+    if dtype is None:
+        dtype = common_type(tensors)
+    for name in lacking:
+        warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
+        tensors |= initialised(model, name)
+    tensors = {name: cast(name, tensor, device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
 
-def config_text(config: OpenLlamaConfig, more: dict) -> str:
-    act = config.hidden_act
-    expect(not callable(act), f"hidden_act={act}: config.json holds a name, not a function")
-    return json.dumps(config.to_dict() | more, indent=2) + "\n"
+@torch.no_grad()
+def load_weights(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
+    tensors = read_tensors(type(model), folder)
+    own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    check_tensors(tensors, own, folder)
+    for name, tensor in own.items():
+        new = cast(name, tensors[name], tensor.device, tensor.dtype)
+        if is_sharded(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            new = distribute_tensor(new, tensor.device_mesh, tensor.placements)
+        tensor.copy_(new)
 
 
-def save_model(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
-    """Write both files whole before either takes the place of an old one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def read_tensors(cls: type[OpenLlamaPreTrainedModel], folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that this kind of model has, named as there."""
+    tensors = read_safetensors(folder)
+    plain = plain_names(tensors)
+    tensors = {
+        plain[name].removeprefix(checkpoint_prefix(cls)): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(COMPUTED)
+    }
+    return {
+        name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in cls.ignores
+    }
 
-    prefix = checkpoint_prefix(type(model))
-    tensors = {prefix + name: x.contiguous() for name, x in model.state_dict().items()}
-    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-    more = {"architectures": [type(model).__name__], "torch_dtype": dtype}
-    text = config_text(model.config, more)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    with replacing(weights) as weights_path, replacing(folder / "config.json") as config_path:
-        config_path.write_text(text, encoding="utf-8")
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name, mapped from its files. ValueError for a broken one."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        files = {WEIGHTS}
+    elif index.is_file():
+        files = set(read_index(index).values())
+    else:
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        message = f"{folder} has no {WEIGHTS}"
+        if pickles:
+            message += f", but {pickles[0]}: python convert_checkpoint.py {folder} CONVERTED"
+        raise FileNotFoundError(message)
+    tensors = {}
+    for file in sorted(files):
+        expect_no_pointer(folder / file)
         try:
-            save_file(tensors, weights_path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {weights}: {error}") from None
+            with safe_open(folder / file, framework="pt") as shard:
+                tensors |= {name: shard.get_tensor(name) for name in list(shard.keys())}
+        except (SafetensorError, RuntimeError) as error:
+            message = f"{folder / file} is not a whole safetensors file: {error}"
+            raise ValueError(cut(message, 4000)) from None
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Each tensor's file, out of an index, which is not trusted to name files elsewhere."""
+    index = read_json(path).get("weight_map")
+    fits = isinstance(index, dict) and len(index) > 0
+    fits = fits and all(isinstance(file, str) for file in index.values())
+    expect(fits, f"{path} has no weight_map from tensors to files")
+    for file in set(index.values()):
+        beside = file not in ("", "..") and Path(file).name == file
+        expect(beside, f"{path} names {file!r}: expected a file beside it")
+    return index
+
+
+def expect_no_pointer(path: Path) -> None:
+    """ValueError for what git leaves in place of a large file that was not downloaded."""
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(40)
+        pointer = begin.startswith(b"version https://git-lfs")
+        expect(not pointer, f"{path} is a git-lfs pointer, not the file: git lfs pull gets it")
 
 
 def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:
@@ -1441,44 +1613,105 @@ def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:
     return ""
 
 
-def load_model(
-    cls: type[OpenLlamaPreTrainedModel], folder: Path, dtype: torch.dtype | None, device: Device
-) -> OpenLlamaPreTrainedModel:
-    config = cls.config_class.from_pretrained(folder)
-    tensors = read_safetensors(folder)
-    if not any(name.startswith("model.") for name in tensors):  # a bare model of transformers
-        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):  # shapes without memory
-        model = cls(config)
-    tensors = {
-        name.removeprefix(checkpoint_prefix(cls)): tensor
-        for name, tensor in tensors.items()
-        if name.split(".")[0] not in cls.ignores
-        and not name.endswith("rotary_emb.inv_freq")  # computed, though old files hold it
-    }
-    if dtype is None:
-        dtype = common_type(tensors)
-    for name in cls.may_lack:
-        if not any(key.startswith(f"{name}.") for key in tensors):
-            warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
-            tensors |= initialised(model, name)
-    check_tensors(tensors, model.state_dict(), folder)
-    tensors = {name: cast(name, tensor, device, dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+def plain_name(name: str) -> str:
+    """A tensor's name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """What each tensor of a checkpoint is called here. DistributedDataParallel puts a prefix before
+    all names, and a bare decoder of transformers lacks one."""
+    plain = {name: plain_name(name) for name in names}
+    if all(new.startswith("module.") for new in plain.values()):
+        plain = {name: new.removeprefix("module.") for name, new in plain.items()}
+    if not any(new.startswith("model.") for new in plain.values()):
+        plain = {name: f"model.{new}" for name, new in plain.items()}
+    expect(len(set(plain.values())) == len(plain), "the checkpoint has a tensor under two names")
+    return plain
+
+
+def check_layers(config: OpenLlamaConfig, tensors: int) -> None:
+    """Comes first: even without memory, a model of endless layers is never made."""
+    layers = config.num_hidden_layers
+    fits = layers <= tensors
+    expect(fits, f"num_hidden_layers={layers}: expected fewer, as there are {tensors} tensors")
+
+
+def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
+    """ValueError that lists all tensors that do not fit."""
+    problems = mismatches(found, wanted)
+    expect(not problems, f"{folder} does not fit its config.json: {first(problems, '; ')}")
+
+
+def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Say which tensors are missing, left over, or of another shape or type. Of those that are
+    found, no more than shape and dtype is looked at."""
+    missing = [name for name in wanted if name not in found]
+    left_over = [name for name in found if name not in wanted]
+    prefix = common_prefix(missing, left_over)
+    if prefix:
+        return [f"all names begin with {cut(prefix, 100)!r}: expected {missing[0]} and so on"]
+    problems = []
+    # side by side, as one may be the other under another name
+    for absent, extra in zip_longest(missing, left_over):
+        if absent:
+            problems.append(f"{absent} is missing")
+        if extra:
+            shape = tuple(found[extra].shape)
+            problems.append(f"{cut(extra, 100)} of shape {shape} is left over")
+    for name, tensor in found.items():
+        if name not in wanted:
+            continue
+        shape = tuple(wanted[name].shape)
+        if tuple(tensor.shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+        elif not is_stored_as(wanted[name].dtype, tensor.dtype):
+            problems.append(f"{name} has dtype {tensor.dtype}: expected {WEIGHT_TYPES}")
+    return problems
+
+
+def is_stored_as(dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Weights may be of any of FLOATS. A buffer of integers, which a module of yours may have, is
+    stored as it is."""
+    if dtype.is_floating_point:
+        return stored in FLOATS
+    return stored == dtype
+
+
+def common_prefix(missing: list[str], left_over: list[str]) -> str:
+    """What stands before every missing name among those that are left over, or nothing."""
+    for name in left_over:
+        if missing and name.endswith(f".{missing[0]}"):
+            prefix = name.removesuffix(missing[0])
+            if all(prefix + name in left_over for name in missing):
+                return prefix
+    return ""
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of weights, given by itself or its name; None for "auto", as transformers calls it."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+    expect(found in FLOATS, f"dtype={dtype!r}: expected {WEIGHT_TYPES}")
+    return found
+
+
+def common_type(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The type that holds all weights' values."""
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return reduce(torch.promote_types, types or {torch.float32})
 
 
 def cast(name: str, tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device)
     result = tensor.to(device, dtype)
     if result.dtype != tensor.dtype and not result.isfinite().all():
         raise ValueError(f"{name} does not fit into {dtype}: it holds {tensor.abs().max():.4g}")
     return result
-
-
-def common_type(tensors: dict[str, Tensor]) -> torch.dtype:
-    """The type that holds all tensors' values."""
-    types = {tensor.dtype for tensor in tensors.values()}
-    return reduce(torch.promote_types, types or {torch.float32})
 
 
 def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]:
@@ -1491,68 +1724,203 @@ def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]
     return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
 
 
-def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
-    """ValueError that lists all tensors that are missing, left over, or of another shape."""
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    for name, tensor in found.items():
-        shape = tuple(tensor.shape)
-        if name not in wanted:
-            problems.append(f"{name} of shape {shape} is left over")
-        elif shape != tuple(wanted[name].shape):
-            problems.append(f"{name} has shape {shape}: expected {tuple(wanted[name].shape)}")
-    expect(not problems, f"{folder} does not fit its config.json: {'; '.join(problems)}")
+# Then, writing files
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name, mapped from its files. ValueError for a broken one."""
-    from safetensors import SafetensorError, safe_open
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is whole."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # as where a disk is full
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = {"model.safetensors"}
-    elif index.is_file():
-        weight_map = read_json(index).get("weight_map") or {}
-        files = {str(file) for file in weight_map.values()}
-    else:
-        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-        message = f"{folder} has no model.safetensors"
-        if pickles:
-            message += f", but {pickles[0]}: python convert_checkpoint.py {folder} CONVERTED"
-        raise FileNotFoundError(message)
-    tensors = {}
-    for file in sorted(files):
-        beside = Path(file).name == file
-        expect(beside, f"{index}: {file!r} is not the name of a file beside it")
-        expect_no_pointer(folder / file)
+
+def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
+    text = config_text(config, more)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.json") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def config_values(config: OpenLlamaConfig) -> dict:
+    values = {"model_type": "open-llama", **asdict(config)}
+    if config.id2label is not None:  # transformers wants the names both ways
+        values["label2id"] = {name: key for key, name in config.id2label.items()}
+    return values
+
+
+def config_text(config: OpenLlamaConfig, more: dict) -> str:
+    act = config.hidden_act
+    expect(not callable(act), f"hidden_act={act}: config.json holds a name, not a function")
+    return json.dumps(config.to_dict() | more, indent=2) + "\n"
+
+
+def save_model(model: OpenLlamaPreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    tensors = tensors_to_save(model)
+    shards = deal(tensors, limit=parse_size(max_shard_size))
+    dtype = str(common_type(tensors)).removeprefix("torch.")
+    more = {"architectures": [type(model).__name__], "torch_dtype": dtype}
+    texts = {"config.json": config_text(model.config, more)}
+    if len(shards) > 1:
+        texts[INDEX] = index_text(shards, tensors)
+
+    # Of what is sharded over processes, all must bring their parts, even of what cannot be written.
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    stream = whole_tensors(tensors[name] for names in shards.values() for name in names)
+    problem = None
+    if not sharded or dist.get_rank() == 0:
         try:
-            with safe_open(folder / file, framework="pt") as shard:
-                tensors |= {name: shard.get_tensor(name) for name in list(shard.keys())}
-        except SafetensorError as error:
-            message = f"{folder / file} is not a whole safetensors file: {error}"
-            raise ValueError(message) from None
+            write_checkpoint(folder, texts, shards, tensors, stream)
+        except OSError as error:
+            problem = error
+    for _ in stream:
+        pass
+    if sharded:  # nobody goes on before the files are there
+        box = [problem]
+        dist.broadcast_object_list(box)
+        problem = box[0]
+    if problem is not None:
+        raise problem
+
+
+def tensors_to_save(model: OpenLlamaPreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors by their names in a checkpoint. ValueError for what it cannot hold."""
+    prefix = checkpoint_prefix(type(model))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        expect(
+            ".parametrizations." not in name,
+            f"{name} belongs to a parametrised layer: remove_parametrizations makes it plain",
+        )
+        fits = type(tensor) is Tensor or is_sharded(tensor)
+        fits = fits and tensor.dtype in STORED_TYPES and tensor.layout == torch.strided
+        fits = fits and not tensor.is_meta
+        kind = f"{type(tensor).__name__} of {getattr(tensor, 'dtype', 'no type')}"
+        expect(fits, f"{name} is a {kind}, as of a quantised layer: expected a plain tensor")
+        tensors[prefix + plain_name(name)] = tensor
     return tensors
 
 
-def expect_no_pointer(path: Path) -> None:
-    """ValueError for what git leaves in place of a large file that was not downloaded."""
-    if path.is_file():
-        with path.open("rb") as file:
-            begin = file.read(40)
-        pointer = begin.startswith(b"version https://git-lfs")
-        expect(not pointer, f"{path} is a git-lfs pointer, not the file: git lfs pull gets it")
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, by what that alone has: its module is not imported for this."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each on the CPU, one at a time."""
+    for tensor in tensors:
+        if is_sharded(tensor):
+            tensor = tensor.full_tensor()
+        yield tensor.cpu().contiguous()
+
+
+def write_checkpoint(
+    folder: Path,
+    texts: dict[str, str],
+    shards: dict[str, list[str]],
+    tensors: dict[str, Tensor],
+    stream: Iterator[Tensor],
+) -> None:
+    """Write all files whole before the first of them takes the place of an old one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as places:
+        for file, text in texts.items():
+            path = places.enter_context(replacing(folder / file))
+            path.write_text(text, encoding="utf-8")
+        for file, names in shards.items():
+            path = places.enter_context(replacing(folder / file))
+            with path.open("wb") as out:
+                out.write(safetensors_header({name: tensors[name] for name in names}))
+                for tensor in islice(stream, len(names)):
+                    out.write(tensor.reshape(-1).view(torch.uint8).numpy())
+    for path in folder.glob("model*.safetensors*"):  # those of an old checkpoint in other shards
+        if re.fullmatch(CHECKPOINT_FILE, path.name) and path.name not in shards | texts:
+            path.unlink()
+
+
+def parse_size(text: str) -> float:
+    """The number of bytes in a size like 500MB, 2GB or 2GiB."""
+    problem = f"max_shard_size={text!r}: expected a size, as in 500MB or 2GB"
+    parts = re.fullmatch(r"(\d+\.?\d*) ?([KMGT]?)(i?)B?", str(text), re.IGNORECASE)
+    expect(parts is not None, problem)
+    number, prefix, binary = parts.groups()
+    base = 1000
+    if binary:
+        base = 1024
+    size = float(number) * base ** ["", "K", "M", "G", "T"].index(prefix.upper())
+    expect(size > 0, problem)
+    return size
+
+
+def deal(tensors: dict[str, Tensor], limit: float) -> dict[str, list[str]]:
+    """Deal tensors to files of at most `limit` bytes, or of one that is larger: names by file.
+
+    In a file those of wide types come first, so that each begins at a multiple of its type's size.
+    """
+    shards = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + byte_size(tensor) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += byte_size(tensor)
+    for shard in shards:
+        shard.sort(key=lambda name: tensors[name].dtype.itemsize, reverse=True)
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def byte_size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def index_text(shards: dict[str, list[str]], tensors: dict[str, Tensor]) -> str:
+    files = {name: file for file, names in shards.items() for name in names}
+    total = sum(byte_size(tensor) for tensor in tensors.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"
+
+
+def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
+    """What a file begins with: in JSON, where each tensor lies; before it its length, in 8 bytes.
+
+    Written by hand, as the library wants all tensors in memory, and hides the file from others.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end = start + byte_size(tensor)
+        header[name] = {
+            "dtype": STORED_TYPES[tensor.dtype],
+            "shape": tuple(tensor.shape),
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def resize_vocabulary(model: OpenLlamaPreTrainedModel, size: int) -> nn.Embedding:
+    config = replace(model.config, vocab_size=size)  # ValueError for one that cannot be
     embedding = model.get_input_embeddings()
-    pad = model.config.pad_token_id
-    least = (pad or 0) + 1
-    expect(size >= least, f"size={size}: expected {least} or more, as pad_token_id={pad}")
     resize_rows(model, embedding, size)
     embedding.num_embeddings = size
     if hasattr(model, "lm_head"):
         resize_rows(model, model.lm_head, size)
         model.lm_head.out_features = size
-    model.config.vocab_size = size
+    model.config.vocab_size = config.vocab_size
     return embedding
 
 
