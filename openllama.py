@@ -1265,6 +1265,7 @@ def check_config(config: OpenLlamaConfig) -> None:
             expect(type(value) is bool, f"{name}={value!r}: expected true or false")
         elif kind in (int, float):
             check_number(name, value, kind)
+            setattr(config, name, kind(value))  # an integer may stand for a float
     C = config.hidden_size
     H = config.num_attention_heads
     D = C // H
@@ -1592,8 +1593,8 @@ def read_index(path: Path) -> dict[str, str]:
     fits = fits and all(isinstance(file, str) for file in index.values())
     expect(fits, f"{path} has no weight_map from tensors to files")
     for file in set(index.values()):
-        beside = file not in ("", "..") and Path(file).name == file
-        expect(beside, f"{path} names {file!r}: expected a file beside it")
+        beside = 0 < len(file) < 256 and file != ".." and Path(file).name == file
+        expect(beside, f"{path} names {cut(file, 100)!r}: expected a file beside it")
     return index
 
 
@@ -1624,7 +1625,7 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     plain = {name: plain_name(name) for name in names}
     if all(new.startswith("module.") for new in plain.values()):
         plain = {name: new.removeprefix("module.") for name, new in plain.items()}
-    if not any(new.startswith("model.") for new in plain.values()):
+    if any(new.startswith("layers.") for new in plain.values()):
         plain = {name: f"model.{new}" for name, new in plain.items()}
     expect(len(set(plain.values())) == len(plain), "the checkpoint has a tensor under two names")
     return plain

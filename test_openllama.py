@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import errno
 import functools
 import importlib.util
 import inspect
@@ -21,14 +22,17 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1162,6 +1166,222 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, how):
     assert OpenLlamaForCausalLM.from_pretrained(tmp_path).config.rms_norm_eps == 1e-3
 
 
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny().save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+        tiny().save_pretrained(tmp_path / "whole")
+        convert(tmp_path / "saved", tmp_path / "converted")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 6 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_a_large_model_is_saved_in_shards_that_replace_what_was_there(tmp_path):
+    model = tiny()
+    (tmp_path / "model_of_mine.safetensors").write_bytes(b"mine")
+    ids = batch("none")[0]
+    total = sum(x.nbytes for x in model.state_dict().values())
+    for size in ("20KB", "9KB", "1GB", "20KB"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        files = {path.name: path.stat().st_size for path in tmp_path.glob("model*.safetensors")}
+        assert files.pop("model_of_mine.safetensors") == 4
+        assert (len(files) > total / openllama.parse_size(size)) or (
+            size == "1GB" and len(files) == 1
+        )
+        assert (tmp_path / INDEX).exists() is (len(files) > 1)
+        embedding = model.model.embed_tokens.weight.nbytes
+        largest = max(openllama.parse_size(size), embedding)
+        assert all(bytes < largest + 3000 for bytes in files.values())  # and a header
+        assert torch.equal(OpenLlamaForCausalLM.from_pretrained(tmp_path)(ids)[0], model(ids)[0])
+    index = json.loads((tmp_path / INDEX).read_text())
+    held = {file: load_file(tmp_path / file) for file in files}
+    assert index["metadata"]["total_size"] == total
+    assert index["weight_map"] == {name: file for file in held for name in held[file]}
+    tensors = {name: tensor for part in held.values() for name, tensor in part.items()}
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="max_shard_size='many'"):
+        model.save_pretrained(tmp_path, max_shard_size="many")
+
+
+def test_compiled_layers_are_saved_and_loaded_under_their_own_names(tmp_path):
+    model, ids = tiny(), batch("none")[0]
+    expected = model(ids)[0]
+    model.save_pretrained(tmp_path / "plain")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    model.save_pretrained(tmp_path / "compiled")
+    for file in ("model.safetensors", "config.json"):
+        plain = (tmp_path / "plain" / file).read_bytes()
+        assert (tmp_path / "compiled" / file).read_bytes() == plain
+    tiny(seed=1).save_pretrained(tmp_path / "other")
+    model.load_weights(tmp_path / "other")
+    assert torch.equal(model(ids)[0], tiny(seed=1)(ids)[0])
+    model.load_weights(tmp_path / "plain")
+    assert torch.equal(model(ids)[0], expected)
+
+
+class Packed(torch.Tensor):
+    """As a library's quantised tensor."""
+
+
+def parametrised(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer.up_proj)
+
+
+def of_another_class(layer: nn.Module) -> None:
+    weight = torch.Tensor._make_subclass(Packed, layer.up_proj.weight.data)
+    layer.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def quantised(layer: nn.Module) -> None:
+    layer.up_proj = torch.ao.nn.quantized.dynamic.Linear(32, 48)
+
+
+def without_memory(layer: nn.Module) -> None:
+    layer.up_proj.to("meta")
+
+
+def complex_numbers(layer: nn.Module) -> None:
+    layer.up_proj.to(torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about what is deprecated or new
+@pytest.mark.parametrize(
+    "change", [parametrised, of_another_class, quantised, without_memory, complex_numbers]
+)
+def test_what_is_no_plain_tensor_is_refused_before_anything_is_written(tmp_path, change):
+    model = tiny()
+    change(model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj.*(plain|quantised)"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+class Counting(OpenLlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def test_a_buffer_of_integers_is_kept_as_it_is(tmp_path):
+    model = Counting(tiny().config)
+    model.steps += 2**40 + 1
+    model.save_pretrained(tmp_path)
+    for dtype in (None, torch.bfloat16):
+        loaded = Counting.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.steps.dtype == torch.int64 and loaded.steps == 2**40 + 1
+        assert loaded.output_weight.dtype == (dtype or torch.float32)
+
+
+def test_names_of_labels_survive(tmp_path):
+    labels = {0: "bad", 1: "so so", 2: "good"}
+    model = tiny(OpenLlamaForSequenceClassification, id2label=labels)
+    model.save_pretrained(tmp_path / "saved")
+    values = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert values["id2label"] == {"0": "bad", "1": "so so", "2": "good"}
+    assert values["label2id"] == {"bad": 0, "so so": 1, "good": 2}
+    convert(tmp_path / "saved", tmp_path / "converted")
+    for folder in ("saved", "converted"):
+        loaded = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert loaded.config.id2label == labels and loaded.config.num_labels == 3
+    values["num_labels"] = 2  # names count more, as in transformers
+    assert OpenLlamaConfig.from_dict(values).num_labels == 3
+    assert OpenLlamaConfig.from_dict({"id2label": {"0": "LABEL_0"}}) == OpenLlamaConfig(
+        num_labels=1
+    )
+    for wrong in (5, [1], "x", {"a": "b"}, {"0": [1]}):
+        with pytest.raises(ValueError, match="id2label="):
+            OpenLlamaConfig(id2label=wrong)
+    with pytest.raises(ValueError, match="num_labels=4: expected 3"):
+        OpenLlamaConfig(num_labels=4, id2label=labels)
+
+
+def test_a_type_may_be_a_word(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    load = OpenLlamaForCausalLM.from_pretrained
+    for more in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": "torch.bfloat16"}):
+        assert load(tmp_path, **more).output_weight.dtype == torch.bfloat16
+    assert load(tmp_path, torch_dtype=torch.float64).output_weight.dtype == torch.float64
+    assert load(tmp_path, dtype="auto").output_weight.dtype == torch.float32
+    for wrong in ("bfloat17", "int8", torch.int8, "nn", 5):
+        with pytest.raises(ValueError, match=re.escape(f"dtype={wrong!r}: expected one of torch.")):
+            load(tmp_path, dtype=wrong)
+        with pytest.raises(ValueError, match=re.escape(f"dtype={wrong!r}: expected one of torch.")):
+            convert(tmp_path, tmp_path / "dst", dtype=wrong)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "330", None, True, 10**30, 2**62, 5])
+def test_a_size_that_no_vocabulary_has_changes_nothing(size):
+    model = tiny(pad_token_id=7)
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        ValueError, match=re.escape(f"vocab_size={size}") + "|" + re.escape(f"vocab_size={size!r}")
+    ):
+        model.resize_token_embeddings(size)
+    assert model.config == before.config
+    assert model.model.embed_tokens.weight.equal(before.model.embed_tokens.weight)
+
+
+RENAMED = {
+    "DistributedDataParallel": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "compiled layers": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    "bare": lambda name: name.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("how", RENAMED)
+def test_names_that_wrappers_change_are_read(tmp_path, how):
+    model, ids = tiny(), batch("none")[0]
+    model.save_pretrained(tmp_path / "src", max_shard_size="30KB")
+    for path in (tmp_path / "src").glob("*.safetensors"):
+        save_file({RENAMED[how](name): x for name, x in load_file(path).items()}, path)
+    index = json.loads((tmp_path / "src" / INDEX).read_text())
+    index["weight_map"] = {RENAMED[how](name): x for name, x in index["weight_map"].items()}
+    write_json(tmp_path / "src" / INDEX, index)
+    convert(tmp_path / "src", tmp_path / "dst")
+    convert(tmp_path / "src", tmp_path / "half", dtype="bfloat16")  # through blocks, not the kernel
+    assert read_result(tmp_path / "half").keys() == model.state_dict().keys()
+    assert read_result(tmp_path / "dst").keys() == model.state_dict().keys()
+    for folder in ("src", "dst"):
+        assert torch.equal(
+            OpenLlamaForCausalLM.from_pretrained(tmp_path / folder)(ids)[0], model(ids)[0]
+        )
+
+
+def test_another_prefix_is_named_and_other_names_stand_side_by_side(tmp_path, capsys):
+    tiny().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+
+    def messages(names: dict) -> list[str]:
+        save_file(
+            {names.get(name, name): x for name, x in tensors.items()},
+            tmp_path / "model.safetensors",
+        )
+        with pytest.raises(ValueError) as error:
+            OpenLlamaForCausalLM.from_pretrained(tmp_path)
+        assert convert_checkpoint.main([str(tmp_path), str(tmp_path.with_name("dst"))]) == 2
+        return [str(error.value), capsys.readouterr().err]
+
+    for message in messages({name: f"base_model.model.{name}" for name in tensors}):
+        assert "all names begin with 'base_model.model.'" in message and len(message) < 400
+    for message in messages({name: name.replace("self_attn.", "attn.") for name in tensors}):
+        missing = message.index("model.layers.0.self_attn.q_proj.weight is missing")
+        assert 0 < message.index("model.layers.0.attn.") - missing < 200
+    for message in messages({name: f"{name}{'x' * 100_000}" for name in tensors}):
+        assert len(message) < 10_000
+    save_file(tensors | {"module.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"module\.x of shape \(1,\) is left over"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    twice = {f"_orig_mod.{name}": x for name, x in tensors.items()}
+    save_file(tensors | twice, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="under two names"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+
+
 def broken_checkpoint(folder, how):
     tiny().save_pretrained(folder)
     weights = folder / "model.safetensors"
@@ -1209,6 +1429,105 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, how, capsys):
     assert openllama.main(["--checkpoint", str(tmp_path), "--prompt-ids", "5"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and BROKEN_CHECKPOINTS[how] in err and err.count("\n") == 1
+
+
+SPOILT_VALUES = {  # keys of config.json, as JSON, and what the error names
+    "nested lists": ('"x": ' + "[" * 2000 + "]" * 2000, "nested too deep"),
+    "nested objects": ('"x": ' + '{"a": ' * 1000 + "1" + "}" * 1000, "nested too deep"),
+    "nested labels": ('"id2label": ' + "[" * 970 + "]" * 970, "config.json"),
+    "a vocabulary of 10**30": (f'"vocab_size": {10**30}', "vocab_size=1000"),
+    "a hidden size of 2**62": (f'"hidden_size": {2**62}', "hidden_size=4611686018427387904"),
+    "1,000 layers": ('"num_hidden_layers": 1000', "num_hidden_layers=1000: expected fewer"),
+    "labels a number": ('"id2label": 5', "id2label=5"),
+    "a theta of 10**100": (f'"rope_theta": {10**100}', "rope_theta=1000"),
+    "infinity": ('"rms_norm_eps": Infinity', "rms_norm_eps=inf"),
+    "not a number": ('"rope_theta": NaN', "rope_theta=nan"),
+    "an infinite factor": ('"rope_scaling": {"type": "linear", "factor": 1e999}', "inf"),
+    "a token of 10**30": (f'"bos_token_id": {10**30}', "bos_token_id=1000"),
+    "two unknown settings": ('"first": 1, "second": 2', "first=1, second=2"),
+    "an endless setting": ('"first": "' + "x" * 100_000 + '"', "first='xxx"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT_VALUES)
+def test_a_value_that_cannot_be_is_told_in_one_line_at_once(tmp_path, kind, capsys):
+    text, culprit = SPOILT_VALUES[kind]
+    tiny().save_pretrained(tmp_path / "src")
+    path = tmp_path / "src" / "config.json"
+    key = text.split(":")[0].strip('"')
+    values = {name: x for name, x in json.loads(path.read_text()).items() if name != key}
+    path.write_text(json.dumps(values)[:-1] + f", {text}}}")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=re.escape(culprit)) as error:
+        OpenLlamaForCausalLM.from_pretrained(tmp_path / "src")
+    assert len(str(error.value)) < 5000
+    assert openllama.main(["--checkpoint", str(tmp_path / "src"), "--prompt-ids", "5"]) == 2
+    assert convert_checkpoint.main([str(tmp_path / "src"), str(tmp_path / "dst")]) == 2
+    assert time.perf_counter() - start < 5  # 1,000 layers alone took 20 s
+    for line in capsys.readouterr().err.splitlines():
+        assert culprit in line and len(line) < 5000
+
+
+@pytest.mark.parametrize("index", [5, 1.5, True, [1], "x", None, {}, {"a": 1}])
+def test_an_index_without_files_is_told(tmp_path, index, capsys):
+    tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    write_json(tmp_path / INDEX, {"weight_map": index})
+    with pytest.raises(ValueError, match="has no weight_map from tensors to files"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "../x", "x" * 100_000])
+def test_an_index_names_files_beside_it(tmp_path, name):
+    tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    write_json(tmp_path / INDEX, {"weight_map": {EMBEDDING: name}})
+    with pytest.raises(ValueError, match="expected a file beside it") as error:
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 5000
+
+
+def test_config_with_a_byte_order_mark_is_read(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "src")
+    path = tmp_path / "src" / "config.json"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    convert(tmp_path / "src", tmp_path / "dst")
+    for folder in ("src", "dst"):
+        assert OpenLlamaForCausalLM.from_pretrained(tmp_path / folder).config == model.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.more"])
+def test_types_that_are_no_weights_are_told(tmp_path, name, dtype, capsys):
+    tiny().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: torch.ones(32).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=name) as error:
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+    assert name == "model.more" or f"has dtype {dtype}: expected one of" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, scaling",
+    [
+        ({}, None),
+        ({"type": "linear", "factor": 1.0}, None),
+        ({"rope_type": "linear", "factor": 1}, None),
+        (
+            {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 2048},
+            {"type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": 2048},
+            {"type": "dynamic", "factor": 2.0},
+        ),
+    ],
+)
+def test_rope_scaling_that_says_nothing_more_passes(given, scaling):
+    config = OpenLlamaConfig.from_dict({"rope_scaling": given, "max_position_embeddings": 2048})
+    assert config == OpenLlamaConfig(rope_scaling=scaling)
+    if "original_max_position_embeddings" in given:
+        with pytest.raises(ValueError, match="original_max_position_embeddings"):
+            OpenLlamaConfig.from_dict({"rope_scaling": given, "max_position_embeddings": 4096})
 
 
 # --- bad input -------------------------------------------------------------------------------
@@ -3931,9 +4250,17 @@ def test_overwrite_replaces_the_old_checkpoint(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"src", "other", "dst", "fresh"}
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, overwrite):
-    """SIGKILL at each of its operations on files in turn, in a fork."""
+@pytest.mark.parametrize("way", ["new", "exchange", "two renames"])
+def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, way, monkeypatch):
+    """SIGKILL at each of its operations on files in turn, in a fork. Two renames are for systems
+    that cannot exchange folders: between them dst is absent, until the next run, which brings it
+    back even if it fails."""
+    overwrite = way != "new"
+    if way == "two renames":
+        monkeypatch.setattr(convert_checkpoint, "exchange", lambda a, b: False)
+    spoilt = write_source(
+        tmp_path / "spoilt", llama_tensors() | {EMBEDDING: torch.full((96, 64), 1e6)}
+    )
     source, dst = write_source(tmp_path / "src"), tmp_path / "dst"
     convert(source, tmp_path / "new", max_shard_size="100KB")
     old = contents(write_source(tmp_path / "old", llama_tensors(1)))
@@ -3970,13 +4297,17 @@ def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, overwrite):
         status = os.waitpid(child, 0)[1]
         assert not dst.exists() or contents(dst) in whole
         seen.add("absent" if not dst.exists() else "old" if contents(dst) == old else "new")
+        with pytest.raises(ValueError, match="does not fit"):
+            convert(spoilt, dst, dtype="float16", overwrite=True)
+        assert dst.exists() or not overwrite
         convert(source, dst, max_shard_size="100KB", overwrite=True)  # the next run clears up
         assert contents(dst) == whole[0] and not list(tmp_path.glob(".*"))
         shutil.rmtree(dst)
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert moment > 15 and seen == {"new", "old" if overwrite else "absent"}
+    absent = {"absent"} if way != "exchange" else set()
+    assert moment > 15 and seen == {"new"} | absent | ({"old"} if overwrite else set())
 
 
 def start_cli(*arguments) -> subprocess.Popen:
@@ -4185,6 +4516,414 @@ def test_a_real_model_gives_the_same_text_as_transformers_5(tmp_path, capsys, mo
         answers.append(tokenizer.decode(new, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": answers[-1]})
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+
+
+# Checkpoints as they are found
+
+
+def test_settings_that_say_nothing_about_the_model_pass(tmp_path, capsys):
+    """Among them a merged model's quantization_config; an adapter is not merged; a tokenizer that
+    is broken is no reason to stop. All are told."""
+    config = LLAMA | {"quantization_config": {"load_in_4bit": True}, "is_decoder": True}
+    source = write_source(tmp_path / "src", config=config)
+    (source / "adapter_config.json").write_text("{}")
+    (source / "adapter_model.safetensors").write_bytes(b"")
+    (source / "tokenizer_config.json").write_text("{")
+    convert(source, tmp_path / "dst")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert "quantization_config is left out" in notes[0] and len(notes) == 3
+    assert "adapter_config.json, adapter_model.safetensors: an adapter" in notes[1]
+    assert "cannot read the tokenizer" in notes[2] and "tokenizer_config.json" in notes[2]
+    assert "quantization_config" not in (tmp_path / "dst" / "config.json").read_text()
+    assert not list((tmp_path / "dst").glob("adapter*"))
+
+
+def test_an_open_llama_may_be_called_quantised_too(tmp_path):
+    tiny().save_pretrained(tmp_path / "src")
+    path = tmp_path / "src" / "config.json"
+    write_json(path, json.loads(path.read_text()) | {"quantization_config": {"bits": 4}})
+    convert(tmp_path / "src", tmp_path / "dst")
+    assert OpenLlamaForCausalLM.from_pretrained(tmp_path / "dst").config == tiny().config
+
+
+def test_an_index_may_be_wrong_about_what_is_dropped(tmp_path):
+    source = write_source(tmp_path / "src")
+    index = json.loads((source / INDEX).read_text())
+    computed = [name for name in index["weight_map"] if name.endswith("inv_freq")]
+    index["weight_map"] |= {
+        computed[0]: SHARD,
+        "model.layers.7.self_attn.rotary_emb.inv_freq": SHARD,
+    }
+    del index["weight_map"][computed[1]]
+    write_json(source / INDEX, index)
+    convert(source, tmp_path / "dst")
+    assert read_result(tmp_path / "dst")[EMBEDDING].equal(llama_tensors()[EMBEDDING])
+
+
+FOUND = {  # how a source is spoiled, and what the error must name
+    "a pointer of git-lfs": (
+        lambda folder: (folder / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        f"{SHARD} is a git-lfs pointer",
+    ),
+    "a pickle without memory": (
+        with_pickle({EMBEDDING: torch.empty(96, 64, device="meta")}),
+        "pytorch_model.bin holds more than weights",
+    ),
+    "a broken generation_config.json": (
+        lambda folder: (folder / "generation_config.json").write_text("{"),
+        "generation_config.json is not JSON",
+    ),
+    "an adapter alone": (
+        lambda folder: [
+            path.rename(folder / f"adapter_{path.name}") for path in folder.glob("mo*")
+        ],
+        "it has an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_what_is_found_is_called_by_its_name(tmp_path, kind, capsys):
+    spoil, culprit = FOUND[kind]
+    source = write_source(tmp_path / "src")
+    spoil(source)
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst")]) == 2
+    assert culprit in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "config.json"])
+def test_what_may_not_be_read_is_not_called_absent(what, capsys):
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        base.chmod(0o777)
+        tiny().save_pretrained(base / "src")
+        (base / "src" / what).chmod(0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read anything
+        try:
+            with pytest.raises(PermissionError, match=what):
+                OpenLlamaForCausalLM.from_pretrained(base / "src")
+            assert convert_checkpoint.main([str(base / "src"), str(base / "dst")]) == 2
+        finally:
+            os.seteuid(user)
+        err = capsys.readouterr().err
+        assert "Permission denied" in err and what in err and "o such file" not in err
+
+
+def test_a_kernel_that_cannot_copy_changes_nothing(tmp_path, monkeypatch):
+    source = write_source(tmp_path / "src")
+    convert(source, tmp_path / "kernel")
+
+    def sendfile(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    convert(source, tmp_path / "refused")
+    monkeypatch.delattr(os, "sendfile")
+    convert(source, tmp_path / "absent")
+    monkeypatch.setattr(os, "sendfile", lambda *_: 0, raising=False)
+    with pytest.raises(ValueError, match=r"\.safetensors has changed while it was read"):
+        convert(source, tmp_path / "cut off")
+    assert (
+        contents(tmp_path / "kernel")
+        == contents(tmp_path / "refused")
+        == contents(tmp_path / "absent")
+    )
+    assert not (tmp_path / "cut off").exists()
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>&1 >/dev/null | true", "2>/dev/full"])
+def test_nobody_needs_to_read_what_a_conversion_says(tmp_path, stderr):
+    source = write_source(tmp_path / "src")
+    command = [sys.executable, convert_checkpoint.__file__, str(source), str(tmp_path / "dst")]
+    line = f"set -o pipefail; {shlex.join(command)} --max-shard-size 9KB {stderr}"
+    done = subprocess.run(["bash", "-c", line], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    assert OpenLlamaForCausalLM.from_pretrained(tmp_path / "dst").config.vocab_size == 96
+
+
+def test_two_conversions_to_one_place_do_not_disturb_each_other(tmp_path, capsys, monkeypatch):
+    source = write_source(tmp_path / "src")
+    other = write_source(tmp_path / "other", llama_tensors(1))
+    convert(source, tmp_path / "expected")
+    capsys.readouterr()
+    write_checkpoint = convert_checkpoint.write_checkpoint
+
+    def meanwhile(plan, folder):
+        write_checkpoint(plan, folder)
+        monkeypatch.setattr(convert_checkpoint, "write_checkpoint", write_checkpoint)
+        assert convert_checkpoint.main([str(other), str(tmp_path / "dst")]) == 2
+        assert f"another conversion to {tmp_path}/dst is at work" in capsys.readouterr().err
+        assert convert_checkpoint.main([str(other), str(tmp_path / "elsewhere")]) == 0
+
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", meanwhile)
+    convert(source, tmp_path / "dst")
+    assert contents(tmp_path / "dst") == contents(tmp_path / "expected")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_be_at_dst_meanwhile_is_not_overwritten(tmp_path, overwrite, monkeypatch):
+    source, dst = write_source(tmp_path / "src"), tmp_path / "dst"
+    write_checkpoint = convert_checkpoint.write_checkpoint
+
+    def meanwhile(plan, folder):
+        write_checkpoint(plan, folder)
+        dst.mkdir()
+        (dst / "mine").write_text("mine")
+
+    monkeypatch.setattr(convert_checkpoint, "write_checkpoint", meanwhile)
+    with pytest.raises(ValueError, match="is no checkpoint" if overwrite else "dst exists"):
+        convert(source, dst, overwrite=overwrite)
+    assert contents(dst) == {"mine": b"mine"} and not list(tmp_path.glob(".*"))
+
+
+# Damaged at random
+
+
+NASTY = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    3,
+    5,
+    -1,
+    0.5,
+    1e30,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    2**31,
+]
+NASTY += [
+    2**62,
+    2**63,
+    2**64,
+    10**30,
+    10**100,
+    "",
+    "x",
+    "..",
+    "F8_E4M3",
+    "I64",
+    "BOOL",
+    "F4",
+    "C64",
+]
+NASTY += [
+    "a" * 100_000,
+    "\0",
+    "\ud800",
+    [],
+    [0],
+    [1, 2],
+    [0, 2**62],
+    [-1],
+    ["x"],
+    {},
+    {"0": 1},
+    {"a": []},
+]
+NASTY += [
+    {"type": "linear", "factor": 1e400},
+    {"type": [], "factor": 2.0},
+    [[]],
+    "DEEP LIST",
+    "DEEP MAP",
+]
+
+
+def damaged_json(rng: random.Random, value: dict) -> bytes:
+    """A JSON text in which something somewhere is something else."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        place = value
+        while isinstance(place, dict) and place and rng.random() < 0.7:
+            inner = place[rng.choice(list(place))]
+            if not isinstance(inner, dict | list):
+                break
+            place = inner
+        if isinstance(place, list):
+            if place:
+                place[rng.randrange(len(place))] = copy.deepcopy(rng.choice(NASTY))
+            continue
+        keys = list(place) or ["new"]
+        change = rng.choice(["value", "value", "value", "name", "new", "drop", "copy"])
+        key = rng.choice(keys)
+        if change == "value":
+            place[key] = copy.deepcopy(rng.choice(NASTY))
+        elif change == "name" and key in place:
+            name = rng.choice(["x", "a" * 100_000, f"module.{key}", f"_orig_mod.{key}", key[1:]])
+            place[name] = place.pop(key)
+        elif change == "new":
+            name = rng.choice(["x", "__metadata__", "", "a" * 100_000])
+            place[name] = copy.deepcopy(rng.choice(NASTY))
+        elif change == "copy":
+            place[key] = copy.deepcopy(place.get(rng.choice(keys)))
+        else:
+            place.pop(key, None)
+    text = json.dumps(value)
+    depth = rng.choice([100, 950, 3000, 100_000])
+    text = text.replace('"DEEP LIST"', "[" * depth + "]" * depth)
+    text = text.replace('"DEEP MAP"', '{"a":' * depth + "1" + "}" * depth)
+    return damaged_bytes(rng, text.encode("utf-8", "surrogatepass"), often=0.2)
+
+
+def damaged_bytes(rng: random.Random, data: bytes, often: float) -> bytes:
+    data = bytearray(data)
+    if data and rng.random() < often:
+        for _ in range(rng.choice([1, 1, 3])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    if rng.random() < often / 2:
+        del data[rng.randrange(len(data) + 1) :]
+    return bytes(data)
+
+
+def damage(rng: random.Random, folder: Path, kind: str) -> None:
+    """Spoil a checkpoint of two shards: a config.json, an index, or the header of a file."""
+    if kind == "header":
+        path = rng.choice(sorted(folder.glob("*.safetensors")))
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = damaged_json(rng, json.loads(data[8 : 8 + length]))
+        header += b" " * max(0, length - len(header))
+        given = rng.choice([len(header)] * 8 + [0, 1, 2**20, 2**62])
+        path.write_bytes(
+            damaged_bytes(rng, given.to_bytes(8, "little") + header + data[8 + length :], 0.1)
+        )
+    else:
+        path = folder / {"config": "config.json", "index": INDEX}[kind]
+        path.write_bytes(damaged_json(rng, json.loads(path.read_text())))
+
+
+def fuzz(kind: str, cases: int, folder: Path) -> None:
+    """Load and convert damaged checkpoints; in a process of its own, whose memory is looked at."""
+    rng = random.Random(kind)
+    model = tiny(hidden_size=16, intermediate_size=24)
+    model.save_pretrained(folder / "whole", max_shard_size="9KB")
+    accepted = Counter()
+    for case in range(cases):
+        source, dst = folder / f"src {case}", folder / f"dst {case}"
+        shutil.copytree(folder / "whole", source)
+        damage(rng, source, kind)
+        try:
+            loaded = OpenLlamaForCausalLM.from_pretrained(source)
+            assert loaded(torch.tensor([[1, 2, 3]]), use_cache=False)[0].shape == (1, 3, V)
+            assert_official(source, loaded.state_dict())
+            accepted["loaded"] += 1
+        except (ValueError, OSError) as error:
+            assert len(str(error)) < 10_000, case
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            status = convert_checkpoint.main([str(source), str(dst)])
+        if status == 0:
+            assert_official(source, read_result(dst))
+            accepted["converted"] += 1
+        else:
+            text = err.getvalue()
+            assert status == 2 and text.startswith("convert_checkpoint.py: error: "), (case, text)
+            assert len(text) < 10_000 and "Traceback" not in text and not dst.exists(), case
+        shutil.rmtree(source)
+        shutil.rmtree(dst, ignore_errors=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB
+    print(json.dumps({**accepted, "peak": peak}))
+
+
+def assert_official(source: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """What was accepted is what the library of safetensors reads, whatever it is called there."""
+    official = openllama.plain_names(read_result(source))
+    official = {plain: read_result(source)[name] for name, plain in official.items()}
+    assert tensors.keys() <= official.keys()
+    for name, tensor in tensors.items():
+        assert tensor.double().equal(official[name].double()), name
+
+
+@pytest.mark.parametrize("kind", ["config", "header", "index"])
+def test_damaged_checkpoints_are_refused_in_a_sentence_or_read_right(tmp_path, kind):
+    code = f"import test_openllama as t; t.fuzz({kind!r}, 120, t.Path({str(tmp_path)!r}))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] < 1e6 and 0 < found["loaded"] < 100 and 0 < found["converted"] < 100
+
+
+# Out to LLaMA
+
+
+def saved_for_llama(folder: Path, model_class=OpenLlamaForCausalLM, **settings):
+    """A random Open-Llama, whose conversion to a LLaMA stands in folder/dst."""
+    model = tiny(model_class, hidden_size=64, max_position_embeddings=16, **settings)
+    model.save_pretrained(folder / "src")
+    convert(folder / "src", folder / "dst", to="llama")
+    return model
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("head", ["shared", "tied", "own"])
+@pytest.mark.parametrize("stable", [False, True])
+def test_an_open_llama_becomes_a_llama_of_transformers_5(tmp_path, stable, head, scaling):
+    """Float32 round-off: the embedding's norm is computed in float64 and rounded once."""
+    transformers = need_transformers("5.")
+    settings = HEADS[head] | {"use_stable_embedding": stable, "rope_theta": 5e4}
+    model = saved_for_llama(tmp_path, rope_scaling=scaling, **settings)
+    theirs, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "dst", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    text = theirs.generate(IDS, do_sample=False, max_new_tokens=20, eos_token_id=None)
+    assert text.equal(model.generate(IDS, max_new_tokens=20, eos_token_id=None))
+
+
+def test_a_classifier_becomes_one_of_transformers_5(tmp_path):
+    transformers = need_transformers("5.")
+    labels = {0: "bad", 1: "fair", 2: "good"}
+    model = saved_for_llama(tmp_path, CLASSIFIER, id2label=labels)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dst")
+    assert theirs.config.id2label == labels and theirs.config.label2id["good"] == 2
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_what_became_a_llama_becomes_an_open_llama_again(tmp_path, head, stable):
+    model = saved_for_llama(tmp_path, use_stable_embedding=stable, **HEADS[head])
+    values = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert values["model_type"] == "llama" and values["architectures"] == ["LlamaForCausalLM"]
+    tied = head == "shared" and not stable
+    assert values["tie_word_embeddings"] is tied
+    tensors = read_result(tmp_path / "dst")
+    assert ("lm_head.weight" in tensors) is not tied
+    assert not [name for name in tensors if "embed_layer_norm" in name]
+    convert(tmp_path / "dst", tmp_path / "again")
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "again"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_stable_embedding_is_rounded_once(tmp_path):
+    """In the type of the weights, from what float64 gives, and without a second rounding."""
+    model = tiny(hidden_size=64).bfloat16()
+    model.save_pretrained(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", to="llama")
+    exact = copy.deepcopy(model.model).double()
+    expected = exact.embed_layer_norm(exact.embed_tokens.weight).bfloat16()
+    assert read_result(tmp_path / "dst")[EMBEDDING].equal(expected)
+    assert read_result(tmp_path / "dst")["lm_head.weight"].equal(model.output_weight)
+
+
+def test_what_differs_in_a_llama_is_noted(tmp_path, capsys):
+    saved_for_llama(tmp_path, rope_scaling={"type": "dynamic", "factor": 2.0})
+    err = capsys.readouterr().err
+    assert "note: dynamic scaling differs elsewhere" in err and f"normalised: 1: {EMBEDDING}" in err
 
 
 # --- against transformers 4.31.0 -------------------------------------------------------------
@@ -4581,6 +5320,19 @@ def test_configs_of_the_reference_are_read_whole(hf):
     assert OpenLlamaConfig.from_dict(theirs.to_dict()) == ours
     back = hf.OpenLlamaConfig.from_dict(ours.to_dict())
     assert {key: getattr(back, key) for key in changed} == changed
+
+
+def test_what_the_reference_writes_besides_is_passed_over(hf):
+    """The keys that its library gives to every model, at their defaults and at other values."""
+    import transformers
+
+    own = vars(OpenLlamaConfig()).keys() | {"model_type"}
+    besides = {
+        key: x for key, x in transformers.PretrainedConfig().to_dict().items() if key not in own
+    }
+    assert len(besides) > 40
+    assert OpenLlamaConfig.from_dict(besides) == OpenLlamaConfig()
+    assert OpenLlamaConfig.from_dict(dict.fromkeys(besides, "x")) == OpenLlamaConfig()
 
 
 def test_defaults_are_those_of_the_reference(hf):
