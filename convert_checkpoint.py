@@ -61,6 +61,7 @@ from openllama import (
     expect,
     expect_no_pointer,
     index_text,
+    listed,
     load_tokenizer,
     mismatches,
     no_deep_nesting,
@@ -69,6 +70,7 @@ from openllama import (
     read_generation_ends,
     read_index,
     read_json,
+    read_json_if_there,
     safetensors_header,
 )
 
@@ -448,7 +450,8 @@ class Plan:
         self.config = config
         if to == "llama":
             self.config = without_stable_embedding(config)
-        self.targets, self.dropped = self.choose(config, group, cast)
+        sources, self.dropped = self.match(config, group)
+        self.targets = self.make_targets(config, sources, cast)
         self.like = {target.name: target.like for target in self.targets}
         self.size = sum(map(byte_size, self.like.values()))
         self.shards = deal(self.like, limit)
@@ -456,48 +459,52 @@ class Plan:
         self.notes = self.take_notes(src, values)
         check_space(dst, self.size)
 
-    def choose(
-        self, config: OpenLlamaConfig, group: int, cast: torch.dtype | None
-    ) -> tuple[list[Target], list[str]]:
-        """Choose the tensors of the result, and the names of those that are left out of it.
+    def match(self, config: OpenLlamaConfig, group: int) -> tuple[dict[str, str], list[str]]:
+        """Match the tensors of the source with those that its model has.
 
-        config: the source's; group: the query heads that share a key and value head there; cast:
-        the dtype of the result, or None to keep each tensor's own.
+        Give for each tensor of the model its name in the source, and the names of those that the
+        result does not have. group: the query heads that share a stored key and value head.
         """
         tensors = self.source.tensors
         expected = shapes_of(self.model, config)
-        for name, tensor in expected.items():
-            if name.endswith(("k_proj.weight", "v_proj.weight")):
-                expected[name] = tensor[: len(tensor) // group]
+        sources = {name: name for name in expected}
         dropped = [name for name in tensors if name.endswith(COMPUTED)]
-        embedding = EMBEDDING
-        shared = self.model is OpenLlamaForCausalLM and HEAD not in expected
-        if shared and HEAD in tensors:  # saved with the embedding, or in its stead
-            if EMBEDDING in tensors:
+        if self.model is OpenLlamaForCausalLM and HEAD not in expected:
+            # the head is the embedding, and was saved with it, or in its stead, or not at all
+            if EMBEDDING in tensors and HEAD in tensors:
                 dropped.append(HEAD)
-            else:
-                embedding = HEAD
-                expected[HEAD] = expected.pop(EMBEDDING)
+            elif HEAD in tensors:
+                sources[EMBEDDING] = HEAD
+            sources[HEAD] = sources[EMBEDDING]
+
+        shapes = {sources[name]: tensor for name, tensor in expected.items()}
+        for name, tensor in shapes.items():
+            if name.endswith(("k_proj.weight", "v_proj.weight")):
+                shapes[name] = tensor[: len(tensor) // group]
         found = {name: stored for name, stored in tensors.items() if name not in dropped}
-        report(mismatches(found, expected))
+        report(mismatches(found, shapes))
         if HEAD in dropped:
             check_tied(self.source)
+        return sources, dropped
 
+    def make_targets(
+        self, config: OpenLlamaConfig, sources: dict[str, str], cast: torch.dtype | None
+    ) -> list[Target]:
+        """Say how each tensor of the result is made; cast: its dtype, or None to keep it."""
+        normalised = config.use_stable_embedding and not self.config.use_stable_embedding
         targets = []
         for name, tensor in shapes_of(self.model, self.config).items():
-            source = name
-            if name == EMBEDDING or (name == HEAD and shared):
-                source = embedding
+            stored = self.source.tensors[sources[name]]
             target = Target(
                 name,
-                source,
-                like=tensor.to(cast or tensors[source].dtype),
-                repeat=len(tensor) // tensors[source].shape[0],
+                sources[name],
+                like=tensor.to(cast or stored.dtype),
+                repeat=len(tensor) // stored.shape[0],
                 D=config.head_dim,
-                normalised=name == EMBEDDING and config.use_stable_embedding and self.to == "llama",
+                normalised=normalised and name == EMBEDDING,
             )
             targets.append(target)
-        return targets, dropped
+        return targets
 
     def config_text(self) -> str:
         """Write the result's config.json, and there what tells a reader which class to load."""
@@ -625,12 +632,10 @@ def report(problems: list[str]) -> None:
     """Raise a ValueError with all problems, or the first 20 of them, each a line, if any."""
     if not problems:
         return
-    lines = [" ".join(problem.split()) for problem in problems[:20]]
+    text = listed([" ".join(problem.split()) for problem in problems], separator="\n  ")
     if len(problems) > 1:
-        lines.insert(0, f"{len(problems)} problems")
-    if len(problems) > 20:
-        lines.append(f"and {len(problems) - 20} more")
-    raise ValueError("\n  ".join(lines))
+        text = f"{len(problems)} problems\n  {text}"
+    raise ValueError(text)
 
 
 def check_source(source: Source) -> list[str]:
@@ -666,6 +671,9 @@ def check_quantised(source: Source, values: dict) -> None:
 def check_tokenizer(folder: Path, config: OpenLlamaConfig) -> list[str]:
     """Try the tokenizer, and say what is wrong with it. The weights are good without it."""
     try:
+        for name in COPIED:
+            if name.endswith(".json"):
+                read_json_if_there(folder / name)
         load_tokenizer(folder, config.bos_token_id)
     except (FileNotFoundError, ImportError):  # there is none, or what reads it is not installed
         return []
@@ -766,38 +774,40 @@ def write(plan: Plan, src: Path, dst: Path, overwrite: bool) -> None:
 
 @contextmanager
 def working_at(dst: Path) -> Iterator[Path]:
-    """Make the folder to work in, and clear up there in the end, as after a run that was killed.
-
-    The folder is locked, so that another run to the same dst does not clear up meanwhile; a lock
-    ends with its process.
-    """
+    """Make the folder to work in, and clear up there in the end, as after a run that was killed."""
     place = workplace(dst)
     place.mkdir(exist_ok=True)
-    lock = os.open(place, os.O_RDONLY)
-    try:
-        expect(locks(lock, place), f"another conversion to {dst} is at work")
+    with locked(place, dst):
         clear(place, dst)
         try:
             yield place
         finally:
             clear(place, dst)
             place.rmdir()
-    finally:
-        os.close(lock)
 
 
-def locks(lock: int, folder: Path) -> bool:
-    """Lock a folder, if no one else has. Some systems and network disks have no locks."""
+@contextmanager
+def locked(place: Path, dst: Path) -> Iterator[None]:
+    """Keep other runs to the same dst out, which would clear up there; a lock ends with its run."""
     try:
         import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # on Windows, where two runs are the user's affair
+        yield
+        return
+    folder = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # else another run has just ended, and removed it
+        free = place.exists() and os.path.samestat(os.fstat(folder), place.stat())
     except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return True
-    # the other may just have ended, and removed it
-    return folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+        free = False
+    except OSError:  # some network disks have no locks
+        free = True
+    try:
+        expect(free, f"another conversion to {dst} is at work")
+        yield
+    finally:
+        os.close(folder)
 
 
 def clear(place: Path, dst: Path) -> None:
@@ -923,11 +933,11 @@ def say(text: str, end: str = "\n") -> None:
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    to: str = "open-llama",
     dtype: str = "keep",
     max_shard_size: str = "2GB",
     overwrite: bool = False,
     dry_run: bool = False,
+    to: str = "open-llama",
 ) -> None:
     """Convert the checkpoint in the folder src into a new one, dst: of an Open-Llama, or a LLaMA.
 

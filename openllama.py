@@ -1322,20 +1322,17 @@ def check_token_id(name: str, value: object) -> None:
 def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
     """Bring rope_scaling into one form: None, or a type of ROTARY_EMBEDDINGS and its settings."""
     given = config.rope_scaling
-    if given is None:
+    config.rope_scaling = None
+    if given is None or given == {}:
         return
     expect(isinstance(given, dict), f"rope_scaling={given!r}: expected a dict of type and factor")
-    if given == {}:
-        config.rope_scaling = None
-        return
     rope = {key: value for key, value in given.items() if value is not None}
     config.rope_theta = rope.pop("rope_theta", config.rope_theta)  # transformers 5 has it here
     kind = rope.pop("type", None)
     kind = rope.pop("rope_type", kind)  # its newer name
-    if kind == "linear" and rope.get("factor") == 1:  # which changes nothing
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         kind = "default"
-    if kind == "default":  # which has no use for a factor
-        rope.pop("factor", None)
+        rope.pop("factor", None)  # which changes nothing
     kinds = [name for name in ROTARY_EMBEDDINGS if name != "default"]
     expected = f"rope_scaling={given}: expected type {' or '.join(kinds)} and factor > 1, no more"
     expect(kind in ["default", *kinds], expected)
@@ -1344,14 +1341,17 @@ def normalise_rope_scaling(config: OpenLlamaConfig) -> None:
     if original not in settings and rope.get(original) == config.max_position_embeddings:
         del rope[original]  # which says nothing new
     expect(rope.keys() == set(settings), expected)
-    for value in rope.values():
-        expect(type(value) in (int, float) and 0 < value <= MAX_FLOAT, expected)
-    if "factor" in rope:
-        expect(rope["factor"] > 1, expected)
-    config.rope_scaling = None
+    expect(all(is_rope_setting(*item) for item in rope.items()), expected)
     if kind != "default":
         numbers = {name: float(value) for name, value in rope.items()}
         config.rope_scaling = {"type": kind, **numbers}
+
+
+def is_rope_setting(name: str, value: object) -> bool:
+    least = 0
+    if name == "factor":
+        least = 1
+    return type(value) in (int, float) and least < value <= MAX_FLOAT
 
 
 def normalise_labels(config: OpenLlamaConfig) -> None:
@@ -1414,15 +1414,15 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
         known = key in own or key in LIBRARY_KEYS or key.startswith("_")
         if not known and value and value != so_anyway.get(key):
             unknown.append(cut(f"{key}={value!r}", 200))
-    expect(not unknown, f"Open-Llama does not have these settings: {first(unknown)}")
+    expect(not unknown, f"Open-Llama does not have these settings: {listed(unknown)}")
     return config
 
 
-def first(items: list[str], separator: str = ", ", count: int = 20) -> str:
-    """The first of them, and how many more there are."""
-    shown = items[:count]
-    if len(items) > count:
-        shown.append(f"and {len(items) - count} more")
+def listed(items: list[str], separator: str = ", ") -> str:
+    """The first 20, and how many more there are."""
+    shown = items[:20]
+    if len(items) > 20:
+        shown.append(f"and {len(items) - 20} more")
     return separator.join(shown)
 
 
@@ -1447,15 +1447,13 @@ STORED_TYPES = {
     torch.bool: "BOOL",
 }
 FLOATS = [dtype for dtype in STORED_TYPES if dtype.is_floating_point]
-WEIGHT_TYPES = f"one of {', '.join(map(str, FLOATS))}"
 
 
 def read_json(path: Path) -> dict:
     try:
         with no_deep_nesting(path):
-            value = json.loads(
-                path.read_text(encoding="utf-8-sig")
-            )  # some editors begin it with a mark
+            # some editors begin a file with a mark of its encoding, which this drops
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     expect(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object")
@@ -1536,6 +1534,9 @@ def load_weights(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
     tensors = read_tensors(type(model), folder)
     own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     check_tensors(tensors, own, folder)
+    for name, tensor in own.items():  # all are looked at before the first is changed
+        expect(not tensor.is_meta, f"{name} is on meta: model.to_empty gives it memory")
+        cast(name, tensors[name], "cpu", tensor.dtype)
     for name, tensor in own.items():
         new = cast(name, tensors[name], tensor.device, tensor.dtype)
         if is_sharded(tensor):
@@ -1641,7 +1642,7 @@ def check_layers(config: OpenLlamaConfig, tensors: int) -> None:
 def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
     """ValueError that lists all tensors that do not fit."""
     problems = mismatches(found, wanted)
-    expect(not problems, f"{folder} does not fit its config.json: {first(problems, '; ')}")
+    expect(not problems, f"{folder} does not fit its config.json: {listed(problems, '; ')}")
 
 
 def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
@@ -1666,17 +1667,17 @@ def mismatches(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]
         shape = tuple(wanted[name].shape)
         if tuple(tensor.shape) != shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
-        elif not is_stored_as(wanted[name].dtype, tensor.dtype):
-            problems.append(f"{name} has dtype {tensor.dtype}: expected {WEIGHT_TYPES}")
+            continue
+        dtypes = FLOATS
+        if not wanted[name].is_floating_point():  # a buffer, which a module of yours may have
+            dtypes = [wanted[name].dtype]
+        if tensor.dtype not in dtypes:
+            problems.append(f"{name} has dtype {tensor.dtype}: expected {listed_types(dtypes)}")
     return problems
 
 
-def is_stored_as(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Weights may be of any of FLOATS. A buffer of integers, which a module of yours may have, is
-    stored as it is."""
-    if dtype.is_floating_point:
-        return stored in FLOATS
-    return stored == dtype
+def listed_types(dtypes: list[torch.dtype]) -> str:
+    return f"one of {', '.join(map(str, dtypes))}"
 
 
 def common_prefix(missing: list[str], left_over: list[str]) -> str:
@@ -1696,7 +1697,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = dtype
     if isinstance(dtype, str):
         found = getattr(torch, dtype.removeprefix("torch."), None)
-    expect(found in FLOATS, f"dtype={dtype!r}: expected {WEIGHT_TYPES}")
+    expect(found in FLOATS, f"dtype={dtype!r}: expected {listed_types(FLOATS)}")
     return found
 
 
@@ -1829,7 +1830,10 @@ def write_checkpoint(
     tensors: dict[str, Tensor],
     stream: Iterator[Tensor],
 ) -> None:
-    """Write all files whole before the first of them takes the place of an old one."""
+    """Write all files whole before the first of them takes the place of an old one.
+
+    What fails until then leaves the old checkpoint as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as places:
         for file, text in texts.items():

@@ -1376,7 +1376,7 @@ def test_another_prefix_is_named_and_other_names_stand_side_by_side(tmp_path, ca
     save_file(tensors | {"module.x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"module\.x of shape \(1,\) is left over"):
         OpenLlamaForCausalLM.from_pretrained(tmp_path)
-    twice = {f"_orig_mod.{name}": x for name, x in tensors.items()}
+    twice = {f"_orig_mod.{name}": x.clone() for name, x in tensors.items()}
     save_file(tensors | twice, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="under two names"):
         OpenLlamaForCausalLM.from_pretrained(tmp_path)
