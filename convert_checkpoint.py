@@ -206,8 +206,9 @@ def find_files(folder: Path) -> tuple[list[str], Path | None, dict[str, str]]:
 
 
 def adapter_files(folder: Path) -> list[str]:
-    """Name the files of an adapter, as of LoRA, which are not a part of the weights."""
-    return sorted(path.name for path in folder.glob("adapter_*"))
+    """Name the files of adapters, as of LoRA, which are not a part of the weights."""
+    found = [*folder.glob("adapter_*"), *folder.glob("*/adapter_*")]
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 class Source:
@@ -533,7 +534,7 @@ class Plan:
             notes.append("quantization_config is left out, as the weights are not quantised")
         adapter = adapter_files(src)
         if adapter:
-            notes.append(f"{', '.join(adapter)}: an adapter, which is not merged into the weights")
+            notes.append(f"{listed(adapter)}: an adapter, which is not merged into the weights")
         return notes + check_tokenizer(src, self.config)
 
     def __str__(self) -> str:

@@ -4527,15 +4527,18 @@ def test_settings_that_say_nothing_about_the_model_pass(tmp_path, capsys):
     config = LLAMA | {"quantization_config": {"load_in_4bit": True}, "is_decoder": True}
     source = write_source(tmp_path / "src", config=config)
     (source / "adapter_config.json").write_text("{}")
-    (source / "adapter_model.safetensors").write_bytes(b"")
+    (source / "lora").mkdir()
+    (source / "lora" / "adapter_model.safetensors").write_bytes(b"")
     (source / "tokenizer_config.json").write_text("{")
     convert(source, tmp_path / "dst")
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert "quantization_config is left out" in notes[0] and len(notes) == 3
-    assert "adapter_config.json, adapter_model.safetensors: an adapter" in notes[1]
+    assert "adapter_config.json, lora/adapter_model.safetensors: an adapter" in notes[1]
     assert "cannot read the tokenizer" in notes[2] and "tokenizer_config.json" in notes[2]
     assert "quantization_config" not in (tmp_path / "dst" / "config.json").read_text()
-    assert not list((tmp_path / "dst").glob("adapter*"))
+    assert not [
+        path for path in (tmp_path / "dst").iterdir() if "a" in path.name[:1] or path.is_dir()
+    ]
 
 
 def test_an_open_llama_may_be_called_quantised_too(tmp_path):
@@ -4864,11 +4867,30 @@ def saved_for_llama(folder: Path, model_class=OpenLlamaForCausalLM, **settings):
     return model
 
 
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
-@pytest.mark.parametrize("head", ["shared", "tied", "own"])
-@pytest.mark.parametrize("stable", [False, True])
+def assert_same_logits(theirs, ours):
+    """To float32 round-off: the embedding's norm is computed in float64, and rounded once."""
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+llama_scaling = pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
+stable = pytest.mark.parametrize("stable", [False, True])
+
+
+@llama_scaling
+@head
+@stable
+def test_an_open_llama_becomes_a_llama_of_transformers_4(tmp_path, stable, head, scaling):
+    transformers = need_transformers("4.31.0")
+    settings = HEADS[head] | {"use_stable_embedding": stable}
+    model = saved_for_llama(tmp_path, rope_scaling=scaling, **settings)
+    assert_same_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dst"), model)
+
+
+@llama_scaling
+@head
+@stable
 def test_an_open_llama_becomes_a_llama_of_transformers_5(tmp_path, stable, head, scaling):
-    """Float32 round-off: the embedding's norm is computed in float64 and rounded once."""
     transformers = need_transformers("5.")
     settings = HEADS[head] | {"use_stable_embedding": stable, "rope_theta": 5e4}
     model = saved_for_llama(tmp_path, rope_scaling=scaling, **settings)
@@ -4876,23 +4898,22 @@ def test_an_open_llama_becomes_a_llama_of_transformers_5(tmp_path, stable, head,
         tmp_path / "dst", output_loading_info=True
     )
     assert not any(info.values()), info
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert_same_logits(theirs, model)
     text = theirs.generate(IDS, do_sample=False, max_new_tokens=20, eos_token_id=None)
     assert text.equal(model.generate(IDS, max_new_tokens=20, eos_token_id=None))
 
 
-def test_a_classifier_becomes_one_of_transformers_5(tmp_path):
+@pytest.mark.parametrize("labels", [None, {0: "bad", 1: "fair", 2: "good"}])
+def test_a_classifier_becomes_one_of_transformers_5(tmp_path, labels):
     transformers = need_transformers("5.")
-    labels = {0: "bad", 1: "fair", 2: "good"}
-    model = saved_for_llama(tmp_path, CLASSIFIER, id2label=labels)
+    model = saved_for_llama(tmp_path, CLASSIFIER, num_labels=3, id2label=labels)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dst")
-    assert theirs.config.id2label == labels and theirs.config.label2id["good"] == 2
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert theirs.config.id2label == (labels or {n: f"LABEL_{n}" for n in range(3)})
+    assert theirs.config.label2id[theirs.config.id2label[2]] == 2
+    assert_same_logits(theirs, model)
 
 
-@pytest.mark.parametrize("stable", [False, True])
+@stable
 @pytest.mark.parametrize("head", ["shared", "own"])
 def test_what_became_a_llama_becomes_an_open_llama_again(tmp_path, head, stable):
     model = saved_for_llama(tmp_path, use_stable_embedding=stable, **HEADS[head])
