@@ -29,6 +29,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import time
 from collections import Counter, defaultdict
@@ -109,6 +110,7 @@ BROKEN_FILE = (
     AttributeError,
     AssertionError,
     EOFError,
+    struct.error,
 )
 
 
@@ -438,7 +440,7 @@ class Plan:
             problems += check_source(self.source)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-        report(problems)
+        refuse(problems)
 
         self.source.use_plain_names()
         check_quantised(self.source, values)
@@ -483,7 +485,7 @@ class Plan:
             if name.endswith(("k_proj.weight", "v_proj.weight")):
                 shapes[name] = tensor[: len(tensor) // group]
         found = {name: stored for name, stored in tensors.items() if name not in dropped}
-        report(mismatches(found, shapes))
+        refuse(mismatches(found, shapes))
         if HEAD in dropped:
             check_tied(self.source)
         return sources, dropped
@@ -629,7 +631,7 @@ def llama_values(config: OpenLlamaConfig) -> dict:
 # --- Checks ----------------------------------------------------------------------------------
 
 
-def report(problems: list[str]) -> None:
+def refuse(problems: list[str]) -> None:
     """Raise a ValueError with all problems, or the first 20 of them, each a line, if any."""
     if not problems:
         return
@@ -662,7 +664,7 @@ def check_source(source: Source) -> list[str]:
 
 
 def check_quantised(source: Source, values: dict) -> None:
-    """A merged model may still be called quantised in its config.json; its weights are not."""
+    """Refuse quantised weights. A merged model, whose config.json calls it so, has plain ones."""
     packed = [name for name, stored in source.tensors.items() if stored.dtype not in FLOATS]
     if values.get("quantization_config") and packed:
         kind = f"{cut(packed[0], 100)} has dtype {source.tensors[packed[0]].dtype}"
@@ -717,10 +719,11 @@ def largest_number(blocks: Iterator[Tensor]) -> float:
 def check_destination(src: Path, dst: Path, overwrite: bool) -> list[str]:
     """List what is wrong with the destination. Whatever is replaced there is lost in the end.
 
-    So the source is never replaced, even by way of a link, nor is any folder that holds it.
+    So what holds the source is never replaced, nor what a file of the source links to.
     """
     problems = []
-    if src.resolve().is_relative_to(dst):
+    places = [path.resolve() for path in (src, *src.iterdir())]
+    if any(holds(folder, path) for folder in (dst, workplace(dst)) for path in places):
         problems.append(f"{dst} is the source, or holds it")
     elif dst.exists() and not dst.is_dir():
         problems.append(f"{dst} is a file: expected a folder, to be made")
@@ -733,14 +736,25 @@ def check_destination(src: Path, dst: Path, overwrite: bool) -> list[str]:
     return problems
 
 
+def holds(folder: Path, path: Path) -> bool:
+    """Tell whether a folder is a path's own or above it, under whatever name it is mounted."""
+    if not folder.exists():
+        return False
+    return any(other.exists() and folder.samefile(other) for other in (path, *path.parents))
+
+
 def is_replaceable(folder: Path) -> bool:
     """Tell a checkpoint, or an empty folder, from one that --overwrite was not meant for."""
-    empty = not any(folder.iterdir())
-    return empty or (folder / "config.json").is_file()
+    names = [path.name for path in folder.iterdir()]
+    weights = [name for name in names if name.startswith(("model", "pytorch_model"))]
+    return not names or ("config.json" in names and len(weights) > 0)
 
 
 def check_space(dst: Path, size: int) -> None:
-    """What a killed run has left counts as free, as it is removed before anything is written."""
+    """Compare the size of the result with the free space.
+
+    What a killed run has left counts as free, as it is removed before anything is written.
+    """
     freed = sum(file.stat().st_size for file in (workplace(dst) / "new").rglob("*"))
     free = shutil.disk_usage(dst.parent).free + freed
     has = f"{dst.parent} has {readable(free)} of free space"
@@ -761,11 +775,11 @@ def write(plan: Plan, src: Path, dst: Path, overwrite: bool) -> None:
     A rename is done at once or not at all: at no moment is there half a checkpoint at dst.
     """
     with working_at(dst) as place:
-        report(check_destination(src, dst, overwrite))  # a killed run may have left dst elsewhere
+        refuse(check_destination(src, dst, overwrite))  # a killed run may have left dst elsewhere
         new = place / "new"
         new.mkdir()
         write_checkpoint(plan, new)
-        report(check_destination(src, dst, overwrite))  # as it may have come to be meanwhile
+        refuse(check_destination(src, dst, overwrite))  # as it may have come to be meanwhile
         if not dst.exists():
             new.rename(dst)
         elif not exchange(new, dst):
@@ -777,6 +791,7 @@ def write(plan: Plan, src: Path, dst: Path, overwrite: bool) -> None:
 def working_at(dst: Path) -> Iterator[Path]:
     """Make the folder to work in, and clear up there in the end, as after a run that was killed."""
     place = workplace(dst)
+    expect(not place.is_symlink(), f"{place} is a link: expected nothing there")
     place.mkdir(exist_ok=True)
     with locked(place, dst):
         clear(place, dst)
@@ -784,40 +799,48 @@ def working_at(dst: Path) -> Iterator[Path]:
             yield place
         finally:
             clear(place, dst)
-            place.rmdir()
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def clear(place: Path, dst: Path) -> None:
+    """Remove what a run has left, but for an old checkpoint that nothing has replaced.
+
+    What cannot be removed stays: it is hidden, and does not make a whole result a failure.
+    """
+    old = place / "old"
+    if old.exists() and not dst.exists():
+        old.rename(dst)
+    for path in place.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def locked(place: Path, dst: Path) -> Iterator[None]:
     """Keep other runs to the same dst out, which would clear up there; a lock ends with its run."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows, where two runs are the user's affair
+    if os.name == "nt":  # where two runs are the user's affair
         yield
         return
     folder = os.open(place, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # else another run has just ended, and removed it
-        free = place.exists() and os.path.samestat(os.fstat(folder), place.stat())
-    except BlockingIOError:
-        free = False
-    except OSError:  # some network disks have no locks
-        free = True
-    try:
-        expect(free, f"another conversion to {dst} is at work")
+        expect(takes_lock(folder, place), f"another conversion to {dst} is at work")
         yield
     finally:
         os.close(folder)
 
 
-def clear(place: Path, dst: Path) -> None:
-    """Remove what a run has left, but for an old checkpoint that nothing has replaced."""
-    old = place / "old"
-    if old.exists() and not dst.exists():
-        old.rename(dst)
-    for path in place.iterdir():
-        shutil.rmtree(path)
+def takes_lock(folder: int, place: Path) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network disks have no locks
+        pass
+    try:
+        return os.path.samestat(os.fstat(folder), place.stat())
+    except FileNotFoundError:  # the other run has just ended, and removed it
+        return False
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -845,7 +868,7 @@ def write_checkpoint(plan: Plan, folder: Path) -> None:
 
 def write_shard(path: Path, shard: list[Target], source: Source, advance: Callable) -> None:
     """Write a file of safetensors: the header, then the bytes of the tensors."""
-    with open(path, "wb", buffering=0) as file:
+    with naming(path), open(path, "wb", buffering=0) as file:
         write_all(file, safetensors_header({target.name: target.like for target in shard}))
         for target in shard:
             for size in write_tensor(file, target, source):
@@ -890,6 +913,17 @@ def write_all(file: FileIO, data: bytes) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system tell the file, as it does not where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def progress(plan: Plan) -> Iterator[Callable]:
     """Count what is done, and show it on stderr.
 
@@ -898,7 +932,7 @@ def progress(plan: Plan) -> Iterator[Callable]:
     """
     start = time.perf_counter()
     done = Counter()
-    terminal = sys.stderr is not None and sys.stderr.isatty()
+    terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
     line_end = "\n"
     if terminal:
         line_end = "\r"
@@ -948,7 +982,7 @@ def convert(
     After both, dst is as it was.
     """
     start = time.perf_counter()
-    folder = Path(dst).resolve()
+    folder = Path(os.path.realpath(dst))  # which, unlike resolve, bears a link to itself
     plan = Plan(Path(src), folder, to, dtype, max_shard_size, overwrite)
     if dry_run:
         print(plan)

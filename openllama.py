@@ -1252,7 +1252,8 @@ ACTIVATIONS = {
 
 
 def check_config(config: OpenLlamaConfig) -> None:
-    """ValueError for a setting that no model can have. Those of a subclass are left to it."""
+    """Bring settings into one form. ValueError for one that no model can have; those of a subclass
+    are left to it."""
     normalise_rope_scaling(config)
     normalise_labels(config)
     for field in fields(OpenLlamaConfig):
@@ -1369,6 +1370,7 @@ def normalise_labels(config: OpenLlamaConfig) -> None:
     expect(given in (2, count), f"num_labels={given!r}: expected {count}, as id2label has names")
     config.num_labels = count
     named = {int(key): name for key, name in labels.items()}
+    expect(len(named) == count, expected)
     if named != {number: f"LABEL_{number}" for number in range(count)}:  # made up by transformers
         config.id2label = named
 
@@ -1408,11 +1410,11 @@ def config_from_dict(cls: type[OpenLlamaConfig], values: dict) -> OpenLlamaConfi
         values.pop("num_labels", None)
     own = {field.name for field in fields(cls)}
     config = cls(**{key: value for key, value in values.items() if key in own})
-    so_anyway = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
+    implied = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
     unknown = []
     for key, value in values.items():
         known = key in own or key in LIBRARY_KEYS or key.startswith("_")
-        if not known and value and value != so_anyway.get(key):
+        if not known and value and value != implied.get(key):
             unknown.append(cut(f"{key}={value!r}", 200))
     expect(not unknown, f"Open-Llama does not have these settings: {listed(unknown)}")
     return config
@@ -1430,8 +1432,8 @@ def listed(items: list[str], separator: str = ", ") -> str:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of shards
-CHECKPOINT_FILE = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-COMPUTED = "rotary_emb.inv_freq"  # the end of names in old files, of what is no weight
+ANY_WEIGHTS = r"model((-v\d+)?-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+COMPUTED = "rotary_emb.inv_freq"  # ends names in old files, of what is computed and no weight
 # By their names in safetensors. Weights are FLOATS: integers and 8-bit floats belong to quantised
 # models, which are more than their weights.
 STORED_TYPES = {
@@ -1511,11 +1513,11 @@ def load_model(
     check_layers(config, len(tensors))
     with torch.device("meta"):  # shapes without memory
         model = cls(config)
-    wanted = model.state_dict()
+    wanted = tensors_by_name(model)
     lacking = []
     for name in cls.may_lack:
         own = [key for key in wanted if key.startswith(f"{name}.")]
-        if not tensors.keys() & own:
+        if own and not tensors.keys() & own:
             lacking.append(name)
             wanted = {key: tensor for key, tensor in wanted.items() if key not in own}
     check_tensors(tensors, wanted, folder)
@@ -1524,15 +1526,21 @@ def load_model(
     for name in lacking:
         warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
         tensors |= initialised(model, name)
-    tensors = {name: cast(name, tensor, device, dtype) for name, tensor in tensors.items()}
+    prefix = checkpoint_prefix(cls)
+    tensors = {
+        name.removeprefix(prefix): cast(name, tensor, device, dtype)
+        for name, tensor in tensors.items()
+    }
     model.load_state_dict(tensors, assign=True)
+    for name, buffer in model.named_buffers():
+        expect(not buffer.is_meta, f"{name} is not persistent, so that no checkpoint holds it")
     return model.eval()
 
 
 @torch.no_grad()
 def load_weights(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
     tensors = read_tensors(type(model), folder)
-    own = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = tensors_by_name(model)
     check_tensors(tensors, own, folder)
     for name, tensor in own.items():  # all are looked at before the first is changed
         expect(not tensor.is_meta, f"{name} is on meta: model.to_empty gives it memory")
@@ -1547,16 +1555,13 @@ def load_weights(model: OpenLlamaPreTrainedModel, folder: Path) -> None:
 
 
 def read_tensors(cls: type[OpenLlamaPreTrainedModel], folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that this kind of model has, named as there."""
+    """The tensors of a checkpoint, but for those that this kind of model ignores."""
     tensors = read_safetensors(folder)
     plain = plain_names(tensors)
-    tensors = {
-        plain[name].removeprefix(checkpoint_prefix(cls)): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(COMPUTED)
-    }
     return {
-        name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in cls.ignores
+        plain[name]: tensor
+        for name, tensor in tensors.items()
+        if plain[name].split(".")[0] not in cls.ignores and not name.endswith(COMPUTED)
     }
 
 
@@ -1580,10 +1585,13 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         expect_no_pointer(folder / file)
         try:
             with safe_open(folder / file, framework="pt") as shard:
-                tensors |= {name: shard.get_tensor(name) for name in list(shard.keys())}
+                found = {name: shard.get_tensor(name) for name in list(shard.keys())}
         except (SafetensorError, RuntimeError) as error:
             message = f"{folder / file} is not a whole safetensors file: {error}"
             raise ValueError(cut(message, 4000)) from None
+        twice = sorted(tensors.keys() & found)
+        expect(not twice, f"{folder / file} has {listed(twice)}, as another file has")
+        tensors |= found
     return tensors
 
 
@@ -1608,6 +1616,12 @@ def expect_no_pointer(path: Path) -> None:
         expect(not pointer, f"{path} is a git-lfs pointer, not the file: git lfs pull gets it")
 
 
+def tensors_by_name(model: OpenLlamaPreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors by their names in a checkpoint."""
+    prefix = checkpoint_prefix(type(model))
+    return {prefix + plain_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
 def checkpoint_prefix(cls: type[OpenLlamaPreTrainedModel]) -> str:
     """A checkpoint names the tensors of the bare decoder as a model with a head does."""
     if issubclass(cls, OpenLlamaModel):
@@ -1626,14 +1640,15 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     plain = {name: plain_name(name) for name in names}
     if all(new.startswith("module.") for new in plain.values()):
         plain = {name: new.removeprefix("module.") for name, new in plain.items()}
-    if any(new.startswith("layers.") for new in plain.values()):
+    bare = any(new.startswith("layers.") for new in plain.values())
+    if bare and not any(new.startswith("model.") for new in plain.values()):
         plain = {name: f"model.{new}" for name, new in plain.items()}
     expect(len(set(plain.values())) == len(plain), "the checkpoint has a tensor under two names")
     return plain
 
 
 def check_layers(config: OpenLlamaConfig, tensors: int) -> None:
-    """Comes first: even without memory, a model of endless layers is never made."""
+    """Called before a model is made: even on meta, one of endless layers would never be done."""
     layers = config.num_hidden_layers
     fits = layers <= tensors
     expect(fits, f"num_hidden_layers={layers}: expected fewer, as there are {tensors} tensors")
@@ -1719,14 +1734,19 @@ def cast(name: str, tensor: Tensor, device: Device, dtype: torch.dtype) -> Tenso
 def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]:
     """Make a module of a model on meta real, and draw its weights: its tensors by their names."""
     module = model.get_submodule(name).to_empty(device="cpu")
+    for tensor in module.state_dict().values():
+        tensor.fill_(math.nan if tensor.is_floating_point() else 0)
     for part in module.modules():
         if hasattr(part, "reset_parameters"):  # as norms have, which init_weights leaves alone
             part.reset_parameters()
     module.apply(model.init_weights)
-    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    tensors = {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    for key, tensor in tensors.items():
+        expect(not tensor.isnan().any(), f"{key} is drawn by no reset_parameters or init_weights")
+    return tensors
 
 
-# Then, writing files
+# Last, writing files
 
 
 @contextlib.contextmanager
@@ -1768,19 +1788,17 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, max_shard_size: st
     tensors = tensors_to_save(model)
     shards = deal(tensors, limit=parse_size(max_shard_size))
     dtype = str(common_type(tensors)).removeprefix("torch.")
-    more = {"architectures": [type(model).__name__], "torch_dtype": dtype}
-    texts = {"config.json": config_text(model.config, more)}
-    if len(shards) > 1:
-        texts[INDEX] = index_text(shards, tensors)
+    name = type(model).__name__.removeprefix("FSDP")  # of the class that fully_shard makes
+    config = config_text(model.config, {"architectures": [name], "torch_dtype": dtype})
 
-    # Of what is sharded over processes, all must bring their parts, even of what cannot be written.
+    # full_tensor needs all processes, so all read the whole stream, even after writing has failed
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     stream = whole_tensors(tensors[name] for names in shards.values() for name in names)
     problem = None
     if not sharded or dist.get_rank() == 0:
         try:
-            write_checkpoint(folder, texts, shards, tensors, stream)
-        except OSError as error:
+            write_checkpoint(folder, config, shards, tensors, stream)
+        except Exception as error:  # of any kind, as the other processes must hear of it
             problem = error
     for _ in stream:
         pass
@@ -1793,20 +1811,21 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, max_shard_size: st
 
 
 def tensors_to_save(model: OpenLlamaPreTrainedModel) -> dict[str, Tensor]:
-    """A model's tensors by their names in a checkpoint. ValueError for what it cannot hold."""
-    prefix = checkpoint_prefix(type(model))
-    tensors = {}
-    for name, tensor in model.state_dict().items():
+    """As tensors_by_name. ValueError for what a checkpoint cannot hold."""
+    once = dict(model.named_parameters())
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        expect(name in once, f"{name} is another parameter too: a checkpoint would make two of it")
+    tensors = tensors_by_name(model)
+    for name, tensor in tensors.items():
         expect(
             ".parametrizations." not in name,
             f"{name} belongs to a parametrised layer: remove_parametrizations makes it plain",
         )
         fits = type(tensor) is Tensor or is_sharded(tensor)
         fits = fits and tensor.dtype in STORED_TYPES and tensor.layout == torch.strided
-        fits = fits and not tensor.is_meta
         kind = f"{type(tensor).__name__} of {getattr(tensor, 'dtype', 'no type')}"
         expect(fits, f"{name} is a {kind}, as of a quantised layer: expected a plain tensor")
-        tensors[prefix + plain_name(name)] = tensor
+        expect(not tensor.is_meta, f"{name} is on meta, which is no plain tensor: it has no values")
     return tensors
 
 
@@ -1825,17 +1844,26 @@ def whole_tensors(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def write_checkpoint(
     folder: Path,
-    texts: dict[str, str],
+    config: str,
     shards: dict[str, list[str]],
     tensors: dict[str, Tensor],
     stream: Iterator[Tensor],
 ) -> None:
-    """Write all files whole before the first of them takes the place of an old one.
+    """Write all files whole before the first of them takes its place.
 
-    What fails until then leaves the old checkpoint as it is.
+    What fails or is killed until then leaves an old checkpoint as it is. Then one operation
+    replaces its weights: that of model.safetensors, or of the index, which until then names the
+    old shards. A config.json that differs goes before, so that for an instant there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as places:
+    shards = under_new_names(shards, folder)
+    texts = {}
+    if len(shards) > 1:
+        texts[INDEX] = index_text(shards, tensors)
+    with contextlib.ExitStack() as places:  # all are taken in the end, the last one first
+        path = places.enter_context(replacing(folder / "config.json"))
+        path.write_text(config, encoding="utf-8")
+        places.enter_context(removing_others(folder, kept=shards | texts))
         for file, text in texts.items():
             path = places.enter_context(replacing(folder / file))
             path.write_text(text, encoding="utf-8")
@@ -1845,9 +1873,31 @@ def write_checkpoint(
                 out.write(safetensors_header({name: tensors[name] for name in names}))
                 for tensor in islice(stream, len(names)):
                     out.write(tensor.reshape(-1).view(torch.uint8).numpy())
-    for path in folder.glob("model*.safetensors*"):  # those of an old checkpoint in other shards
-        if re.fullmatch(CHECKPOINT_FILE, path.name) and path.name not in shards | texts:
-            path.unlink()
+        old = folder / "config.json"
+        if old.exists() and old.read_text(encoding="utf-8") != config:
+            old.unlink()
+
+
+def under_new_names(shards: dict[str, list[str]], folder: Path) -> dict[str, list[str]]:
+    """Shards that do not take the places of others one by one: the index finds them by any name."""
+    if len(shards) == 1:
+        return shards
+    named = shards
+    version = 1
+    while any((folder / file).exists() for file in named):
+        version += 1
+        stem = f"model-v{version}-"
+        named = {file.replace("model-", stem): names for file, names in shards.items()}
+    return named
+
+
+@contextlib.contextmanager
+def removing_others(folder: Path, kept: Iterable[str]) -> Iterator[None]:
+    """In the end, remove the weights that an old checkpoint had under other names."""
+    yield
+    for path in folder.iterdir():
+        if re.fullmatch(ANY_WEIGHTS, path.name) and path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def parse_size(text: str) -> float:
@@ -1920,6 +1970,7 @@ def safetensors_header(tensors: dict[str, Tensor]) -> bytes:
 def resize_vocabulary(model: OpenLlamaPreTrainedModel, size: int) -> nn.Embedding:
     config = replace(model.config, vocab_size=size)  # ValueError for one that cannot be
     embedding = model.get_input_embeddings()
+    expect(not is_sharded(embedding.weight), "resize the vocabulary before the model is sharded")
     resize_rows(model, embedding, size)
     embedding.num_embeddings = size
     if hasattr(model, "lm_head"):
