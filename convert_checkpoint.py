@@ -65,6 +65,7 @@ from openllama import (
     listed,
     load_tokenizer,
     mismatches,
+    naming,
     no_deep_nesting,
     parse_size,
     plain_names,
@@ -910,17 +911,6 @@ def write_all(file: FileIO, data: bytes) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[file.write(rest) :]
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system tell the file, as it does not where a disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 @contextmanager

@@ -1750,16 +1750,24 @@ def initialised(model: OpenLlamaPreTrainedModel, name: str) -> dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once it is whole."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system tell the file, as it does not where a disk is full."""
     try:
-        yield temporary
-        temporary.replace(path)
+        yield
     except OSError as error:
-        if error.filename is None:  # as where a disk is full
+        if error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is whole."""
+    temporary = path.with_suffix(f".{os.getpid()}")  # as other processes may write here, too
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

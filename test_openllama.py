@@ -1382,6 +1382,132 @@ def test_another_prefix_is_named_and_other_names_stand_side_by_side(tmp_path, ca
         OpenLlamaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("old", ["9KB", "1GB"])
+@pytest.mark.parametrize("new", ["9KB", "1GB"])
+@pytest.mark.parametrize("theta", [1e4, 1e5])
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new_one(tmp_path, old, new, theta):
+    """SIGKILL at each of its operations on files, in a fork; never are they mixed. Between two
+    config.json that differ there may be none."""
+    before, after = tiny(seed=1), tiny(seed=2, rope_theta=theta)
+    whole = {"old": before, "new": after}
+    seen = Counter()
+    for moment in itertools.count():
+        folder = tmp_path / str(moment)
+        before.save_pretrained(folder, max_shard_size=old)
+        (folder / "tokenizer.json").write_text("mine")
+        save = functools.partial(after.save_pretrained, folder, max_shard_size=new)
+        status = killed(moment, lambda save=save: save() or 0)
+        assert (folder / "tokenizer.json").read_text() == "mine"
+        if (folder / "config.json").exists():
+            loaded = OpenLlamaForCausalLM.from_pretrained(folder)
+            found = [name for name in whole if equal_models(loaded, whole[name])]
+            assert len(found) == 1, moment
+            seen[found[0]] += 1
+        else:
+            seen["none"] += 1
+        after.save_pretrained(folder, max_shard_size=new)  # the next one clears up
+        assert equal_models(OpenLlamaForCausalLM.from_pretrained(folder), after)
+        if status == 0:
+            break
+    assert seen["old"] > 3 and seen["new"] > 0 and (seen["none"] > 0) is (theta != 1e4)
+
+
+def equal_models(a, b) -> bool:
+    tensors = b.state_dict()
+    same = all(tensor.equal(tensors[name]) for name, tensor in a.state_dict().items())
+    return same and a.config == b.config
+
+
+def killed(moment: int, run) -> int:
+    """The status of a fork in which `run` is killed at one of its operations on files."""
+    left = [moment]
+
+    def count(event, _):
+        left[0] -= event.startswith(("open", "os.", "shutil."))
+        if left[0] < 0:
+            left[0] = math.inf  # os.kill is an event, too
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            sys.addaudithook(count)
+            os._exit(run())
+        finally:
+            os._exit(3)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+    return status
+
+
+class Normed(OpenLlamaWithHead):
+    """A head with modules named as the decoder's, and one that checkpoints may lack."""
+
+    may_lack = ("extra", "absent")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.extra = nn.Linear(2, 2)
+
+
+def test_a_head_may_call_its_modules_as_the_decoder_does(tmp_path):
+    head = Normed(tiny().config)
+    head.norm.weight.data.fill_(5.0)
+    head.save_pretrained(tmp_path)
+    loaded = Normed.from_pretrained(tmp_path)
+    assert all(x.equal(loaded.state_dict()[name]) for name, x in head.state_dict().items())
+    with pytest.raises(ValueError, match="norm.weight of shape .* is left over"):
+        OpenLlamaModel.from_pretrained(tmp_path)  # which does not know whose it is
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def test_what_no_checkpoint_holds_is_never_left_without_a_value(tmp_path):
+    tiny().save_pretrained(tmp_path)
+
+    class WithScale(OpenLlamaForCausalLM):
+        may_lack = ("scaled",)
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.scaled = Scaled()
+
+    class WithTable(OpenLlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    class Twice(OpenLlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head.weight = self.model.embed_tokens.weight
+
+    with (
+        pytest.warns(UserWarning, match="scaled"),
+        pytest.raises(ValueError, match=r"scaled\.scale is drawn by no"),
+    ):
+        WithScale.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="table is not persistent"):
+        WithTable.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"head\.weight is another parameter too"):
+        Twice(tiny().config).save_pretrained(tmp_path / "twice")
+
+
+def test_a_tensor_in_two_files_is_told(tmp_path):
+    tiny().save_pretrained(tmp_path, max_shard_size="9KB")
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
+    save_file(load_file(path) | {"model.norm.weight": torch.zeros(32)}, path)
+    with pytest.raises(ValueError, match=r"has model\.norm\.weight, as another file has"):
+        OpenLlamaForCausalLM.from_pretrained(tmp_path)
+
+
 def broken_checkpoint(folder, how):
     tiny().save_pretrained(folder)
     weights = folder / "model.safetensors"
@@ -2324,6 +2450,12 @@ for number, (dp, tp, model) in enumerate(cases):
         assert ".safetensors" in str(error), error
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     model.save_pretrained(f"{saved} again")
+    if dp > 1:
+        try:
+            model.resize_token_embeddings(70)
+            raise SystemExit("a sharded vocabulary was resized")
+        except ValueError as error:
+            assert "before the model is sharded" in str(error), error
 parallel = DistributedDataParallel(whole, static_graph=True)
 for _ in range(2):  # the first step finds out what the others rely on
     parallel.zero_grad()
@@ -2380,6 +2512,8 @@ def test_sharded_over_data_and_heads_it_is_the_same_model(case, sharded):
 def test_sharded_models_are_saved_whole_and_load_whole_checkpoints(number, sharded):
     folder, head = sharded["folder"], HEADS[SHARDINGS[number][2]]
     files = sorted(path.name for path in (folder / f"saved {number}").iterdir())
+    config = json.loads((folder / f"saved {number}" / "config.json").read_text())
+    assert config["architectures"] == ["OpenLlamaForCausalLM"]  # no name that sharding gives it
     assert len(files) > 3 and INDEX in files and all(".safetensors" in file for file in files[1:])
     for saved, seed in ((f"saved {number}", 0), (f"saved {number} again", 1)):
         loaded = OpenLlamaForCausalLM.from_pretrained(folder / saved).state_dict()
@@ -4265,36 +4399,13 @@ def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, way, monkeypa
     convert(source, tmp_path / "new", max_shard_size="100KB")
     old = contents(write_source(tmp_path / "old", llama_tensors(1)))
     whole = [contents(tmp_path / "new"), old]
-    events, seen, left = ("open", "os.", "shutil.", "tempfile."), set(), [0]
+    seen = set()
     for moment in range(1000):
-        left[0] = moment
         if overwrite:
             write_source(dst, llama_tensors(1))
-        child = os.fork()
-        if not child:
-
-            def count(event, _):
-                left[0] -= event.startswith(events)
-                if left[0] < 0:
-                    left[0] = math.inf  # os.kill is an event, too
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            try:
-                sys.addaudithook(count)
-                os._exit(
-                    convert_checkpoint.main(
-                        [
-                            str(source),
-                            str(dst),
-                            "--max-shard-size",
-                            "100KB",
-                            *["--overwrite"][:overwrite],
-                        ]
-                    )
-                )
-            finally:
-                os._exit(3)
-        status = os.waitpid(child, 0)[1]
+        arguments = [str(source), str(dst), "--max-shard-size", "100KB"]
+        arguments += ["--overwrite"][:overwrite]
+        status = killed(moment, lambda arguments=arguments: convert_checkpoint.main(arguments))
         assert not dst.exists() or contents(dst) in whole
         seen.add("absent" if not dst.exists() else "old" if contents(dst) == old else "new")
         with pytest.raises(ValueError, match="does not fit"):
@@ -4305,7 +4416,6 @@ def test_killed_conversion_leaves_nothing_or_a_whole_one(tmp_path, way, monkeypa
         shutil.rmtree(dst)
         if status == 0:
             break
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     absent = {"absent"} if way != "exchange" else set()
     assert moment > 15 and seen == {"new"} | absent | ({"old"} if overwrite else set())
 
@@ -4680,6 +4790,59 @@ def test_what_comes_to_be_at_dst_meanwhile_is_not_overwritten(tmp_path, overwrit
     with pytest.raises(ValueError, match="is no checkpoint" if overwrite else "dst exists"):
         convert(source, dst, overwrite=overwrite)
     assert contents(dst) == {"mine": b"mine"} and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("way", ["link to a file", "link to a folder", "left by a killed run"])
+def test_what_the_source_is_made_of_is_never_overwritten(tmp_path, way, capsys):
+    dst = write_source(tmp_path / "dst")
+    source = tmp_path / "src"
+    if way == "link to a file":
+        write_source(source)
+        (source / SHARD).unlink()
+        (source / SHARD).symlink_to(dst / SHARD)
+    elif way == "link to a folder":
+        source.symlink_to(dst)
+    else:
+        (tmp_path / ".dst.converting").mkdir()
+        source = write_source(tmp_path / ".dst.converting" / "new")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = [str(source), str(dst), "--overwrite", "--dtype", "bfloat16"]
+    assert convert_checkpoint.main(arguments) == 2
+    assert "dst is the source, or holds it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_only_a_checkpoint_is_replaced(tmp_path, capsys):
+    source, dst = write_source(tmp_path / "src"), tmp_path / "project"
+    dst.mkdir()
+    (dst / "config.json").write_text("{}")
+    (dst / "main.py").write_text("mine")
+    assert convert_checkpoint.main([str(source), str(dst), "--overwrite"]) == 2
+    assert "project is no checkpoint" in capsys.readouterr().err
+    assert contents(dst) == {"config.json": b"{}", "main.py": b"mine"}
+
+
+def test_what_lies_in_the_working_folder_does_no_harm(tmp_path, capsys):
+    source, place = write_source(tmp_path / "src"), tmp_path / ".dst.converting"
+    place.mkdir()
+    (place / ".DS_Store").write_text("")
+    convert(source, tmp_path / "dst")
+    assert not place.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "folder").mkdir()
+    place.symlink_to(tmp_path / "mine")
+    assert convert_checkpoint.main([str(source), str(tmp_path / "dst"), "--overwrite"]) == 2
+    assert "is a link" in capsys.readouterr().err and (tmp_path / "mine" / "folder").exists()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert convert_checkpoint.main([str(source), str(tmp_path / "loop")]) == 2
+
+
+def test_stderr_may_be_closed_by_who_calls(tmp_path, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    convert(write_source(tmp_path / "src"), tmp_path / "dst")
+    assert (tmp_path / "dst" / "config.json").exists()
 
 
 # Damaged at random
