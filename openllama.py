@@ -54,7 +54,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial, reduce
 from itertools import groupby, islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,7 @@ class OpenLlamaConfig:
     this as a dataclass, and name the subclass in your model's `config_class`.
     """
 
+    model_type: ClassVar[str] = "open-llama"
     vocab_size: int = 100000
     hidden_size: int = 4096
     intermediate_size: int = 11008  # of the MLP
@@ -437,13 +438,21 @@ class OpenLlamaPreTrainedModel(nn.Module):
         """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
         return resize_vocabulary(self, size)
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """In training, recompute each layer in the backward, for less memory; without a cache,
-        which would be extended twice."""
-        self.decoder.gradient_checkpointing = True
+        which would be extended twice. Arguments are those that transformers' Trainer passes:
+        settings of torch.utils.checkpoint, and two that can only be what they are."""
+        expect(every_n_layers == 1 and not offload, "every layer is recomputed, and none offloaded")
+        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self.decoder.gradient_checkpointing = settings
 
     def gradient_checkpointing_disable(self) -> None:
-        self.decoder.gradient_checkpointing = False
+        self.decoder.gradient_checkpointing = None
 
     @property
     def decoder(self) -> OpenLlamaModel:
@@ -452,8 +461,19 @@ class OpenLlamaPreTrainedModel(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed_tokens
 
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    @property
+    def device(self) -> torch.device:
+        return self.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_input_embeddings().weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        parameters = set(self.parameters())
+        if exclude_embeddings:
+            parameters.discard(self.get_input_embeddings().weight)
+        return sum(x.numel() for x in parameters if x.requires_grad or not only_trainable)
 
     def setting(self, name: str, value: bool | None) -> bool:
         """An argument of forward: `value`, or the config's where it is None."""
@@ -474,7 +494,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: dict | None = None
         self.embed_tokens = Embedding(  # nn.Embedding (section 12)
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -518,7 +538,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         The others: the config's, where None.
         """
         config = self.config
-        recompute = self.gradient_checkpointing and self.training and past_key_values is None
+        recompute = self.training and self.gradient_checkpointing and past_key_values is None
         use_cache = self.setting("use_cache", use_cache) and not recompute
         output_attentions = self.setting("output_attentions", output_attentions)
         output_hidden_states = self.setting("output_hidden_states", output_hidden_states)
@@ -543,7 +563,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x)
             if recompute:
-                x, weights = checkpoint(layer, x, shared, use_reentrant=False)
+                x, weights = checkpoint(layer, x, shared, **self.gradient_checkpointing)
             else:
                 x, weights = layer(x, shared)
             if output_attentions:
@@ -670,8 +690,8 @@ def locate_tokens(
     if attention_mask is not None:
         expect_shape("attention_mask", attention_mask, (B, S))
         documents = attention_mask.long()
-        # if all is real, it is faster without documents; compiled code cannot ask, and keeps them
-        if not torch.compiler.is_compiling() and bool(documents.eq(1).all()):
+        # if all is real, it is faster without documents; where one cannot ask, they are kept
+        if is_plain_run() and bool(documents.eq(1).all()):
             documents = None
     if documents is None:
         positions = torch.arange(S, device=x.device)[None]
@@ -702,7 +722,7 @@ def document_begins(documents: Tensor) -> Tensor:
     """(B, S): True at the first token of each document. The numbers of documents ascend, and may
     skip some."""
     so_far = documents.cummax(dim=1).values
-    return so_far > F.pad(so_far[:, :-1], (1, 0))
+    return so_far > F.pad(so_far, (1, 0))[:, :-1]
 
 
 def count_positions(documents: Tensor) -> Tensor:
@@ -1216,9 +1236,19 @@ def check_ids(name: str, ids: Tensor, size: int) -> None:
     """ValueError for ids that are not integers from 0 to size - 1. The range is checked on the CPU
     only: to read them from a GPU would make it wait."""
     expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
-    if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
+    if ids.device.type == "cpu" and ids.numel() > 0 and is_plain_run():
         low, high = (int(bound) for bound in ids.aminmax())
         expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
+
+
+def is_plain_run() -> bool:
+    """Whether torch just computes here, so that code may ask what is in a tensor: nothing compiles
+    or exports it, counts its operations, fakes its tensors, or maps it over a batch."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def check_inputs(ids: Tensor | None, embeds: Tensor | None, config: OpenLlamaConfig) -> None:
@@ -1780,7 +1810,7 @@ def save_config(config: OpenLlamaConfig, folder: Path, more: dict) -> None:
 
 
 def config_values(config: OpenLlamaConfig) -> dict:
-    values = {"model_type": "open-llama", **asdict(config)}
+    values = {"model_type": config.model_type, **asdict(config)}
     if config.id2label is not None:  # transformers wants the names both ways
         values["label2id"] = {name: key for key, name in config.id2label.items()}
     return values
@@ -2108,6 +2138,8 @@ def outside_nucleus(scores: Tensor, p: float) -> Tensor:
 class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
     """The language model, and sampling from it."""
 
+    generation_config = None  # PEFT looks for it, and for prepare_inputs_for_generation
+
     def generate(
         self,
         input_ids: Tensor | list,
@@ -2126,6 +2158,8 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         pad_token_id: int | Literal["config"] | None = "config",
         generator: torch.Generator | None = None,
         compile: bool = False,
+        num_return_sequences: int = 1,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Continue each row of input_ids (B, T), or the one row (T,): returns (B, T + new).
 
@@ -2143,6 +2177,8 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         eos_token_id: ends a row, which then goes on with pad_token_id; one, several, None: never.
         generator: draws the tokens; None: torch's own.
         compile: compile the step from token to token, which takes 15 seconds the first time.
+        num_return_sequences: of each row, one after the other.
+        token_type_ids: of a tokenizer that gives them; without meaning here.
         """
         if sampling is None:
             sampling = Sampling(
@@ -2158,7 +2194,12 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
                 generator=generator,
                 compile=compile,
             )
-        input_ids = as_rows("input_ids", input_ids, self.output_weight.device)
+        input_ids = as_rows("input_ids", input_ids, self.device)
+        if num_return_sequences != 1:
+            input_ids = input_ids.repeat_interleave(num_return_sequences, dim=0)
+            if attention_mask is not None:
+                attention_mask = as_rows("attention_mask", attention_mask, self.device)
+                attention_mask = attention_mask.repeat_interleave(num_return_sequences, dim=0)
         new = list(self.stream(input_ids, attention_mask, sampling, past_key_values))
         return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)
 
@@ -2175,6 +2216,10 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
             sampling = Sampling(**settings)
         cache = as_cache(past_key_values)
         return stream_tokens(self, input_ids, attention_mask, sampling, cache)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: object) -> dict:
+        """Nothing is to be prepared."""
+        return {"input_ids": input_ids, **inputs}
 
 
 def as_rows(name: str, ids: Tensor | list, device: torch.device) -> Tensor:
@@ -2344,8 +2389,7 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) is nn.Parameter  # not sharded, not quantised
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0  # nothing counts operations or fakes them
-        and torch._C._functorch.peek_interpreter_stack() is None  # not inside torch.func.vmap
+        and is_plain_run()
     )
 
 
