@@ -455,6 +455,10 @@ class OpenLlamaPreTrainedModel(nn.Module):
         self.decoder.gradient_checkpointing = None
 
     @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.decoder.gradient_checkpointing is not None
+
+    @property
     def decoder(self) -> OpenLlamaModel:
         return self.model
 
@@ -648,7 +652,13 @@ class OpenLlamaLanguageModel(OpenLlamaWithHead):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             else:
                 loss = loss_in_chunks(hidden, self.output_weight, targets)
-        out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
+        out = ModelOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
         return self.in_form(out, return_dict)
 
 
@@ -691,7 +701,7 @@ def locate_tokens(
         expect_shape("attention_mask", attention_mask, (B, S))
         documents = attention_mask.long()
         # if all is real, it is faster without documents; where one cannot ask, they are kept
-        if is_plain_run() and bool(documents.eq(1).all()):
+        if has_values(documents) and bool(documents.eq(1).all()):
             documents = None
     if documents is None:
         positions = torch.arange(S, device=x.device)[None]
@@ -1158,7 +1168,13 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        out = replace(out, loss=loss, logits=logits, last_hidden_state=None)
+        out = ModelOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
         return self.in_form(out, return_dict)
 
     def last_tokens(
@@ -1236,18 +1252,20 @@ def check_ids(name: str, ids: Tensor, size: int) -> None:
     """ValueError for ids that are not integers from 0 to size - 1. The range is checked on the CPU
     only: to read them from a GPU would make it wait."""
     expect(not ids.is_floating_point(), f"{name} of type {ids.dtype}: expected integers")
-    if ids.device.type == "cpu" and ids.numel() > 0 and is_plain_run():
+    if ids.device.type == "cpu" and ids.numel() > 0 and has_values(ids):
         low, high = (int(bound) for bound in ids.aminmax())
         expect(low >= 0 and high < size, f"{name} from {low} to {high}: expected 0 to {size - 1}")
 
 
-def is_plain_run() -> bool:
-    """Whether torch just computes here, so that code may ask what is in a tensor: nothing compiles
-    or exports it, counts its operations, fakes its tensors, or maps it over a batch."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+def has_values(x: Tensor) -> bool:
+    """Whether code may ask what is in a tensor: not on meta, nor where its operations are compiled,
+    exported, counted or traced, its values faked, or many mapped over at once."""
+    return not (
+        x.is_meta
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -2195,11 +2213,16 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
                 compile=compile,
             )
         input_ids = as_rows("input_ids", input_ids, self.device)
-        if num_return_sequences != 1:
-            input_ids = input_ids.repeat_interleave(num_return_sequences, dim=0)
+        count = num_return_sequences
+        expect(
+            type(count) is int and count > 0,
+            f"num_return_sequences={count!r}: expected an int above 0",
+        )
+        if count > 1:
+            input_ids = input_ids.repeat_interleave(count, dim=0)
             if attention_mask is not None:
                 attention_mask = as_rows("attention_mask", attention_mask, self.device)
-                attention_mask = attention_mask.repeat_interleave(num_return_sequences, dim=0)
+                attention_mask = attention_mask.repeat_interleave(count, dim=0)
         new = list(self.stream(input_ids, attention_mask, sampling, past_key_values))
         return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)
 
@@ -2389,7 +2412,7 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) is nn.Parameter  # not sharded, not quantised
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and is_plain_run()
+        and has_values(x)
     )
 
 
@@ -2458,8 +2481,12 @@ def compiled_step(device: torch.device) -> Callable:
     """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
     torch.compile(torch.neg)(torch.ones(1, device=device))  # fails if there is no compiler
     print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
-    # models of other sizes and settings compile it anew, up to the limit
-    return torch.compile(next_scores, dynamic=True, mode="reduce-overhead", recompile_limit=64)
+    options = {"dynamic": True, "mode": "reduce-overhead"}
+    try:
+        # models of other sizes and settings compile it anew, up to the limit
+        return torch.compile(next_scores, **options, recompile_limit=64)
+    except TypeError:  # older versions of torch have a limit of 8
+        return torch.compile(next_scores, **options)
 
 
 def tensor_parallel_plan() -> dict:

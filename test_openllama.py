@@ -42,7 +42,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -2525,6 +2527,276 @@ def test_sharded_models_are_saved_whole_and_load_whole_checkpoints(number, shard
 def test_data_parallel_gradients_are_those_of_one_process(sharded):
     model, ids = tiny(), packed()[0].view(4, 16)
     assert_same_gradients(sharded["DDP"], gradients(model, model(ids, labels=ids).loss))
+
+
+# --- at home among other tools ---------------------------------------------------------------
+
+
+def sequences(count: int = 16) -> list[dict]:
+    rows = torch.randint(3, V, (count, 8), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder: Path, model=None, **settings):
+    transformers = need_transformers("5.")
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    } | settings
+    arguments = transformers.TrainingArguments(str(folder), **settings)
+    return transformers.Trainer(model or tiny(), arguments, train_dataset=sequences())
+
+
+def trained(folder: Path, resume: bool | None = None, **settings) -> dict[str, torch.Tensor]:
+    run = trainer(folder, **settings)
+    run.train(resume_from_checkpoint=resume)
+    return run.model.state_dict()
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_close(a[name], b[name])
+
+
+def test_works_with_the_trainer_of_transformers_5(tmp_path):
+    expected = trained(tmp_path)
+    assert not expected["model.norm.weight"].equal(tiny().state_dict()["model.norm.weight"])
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert_same_weights(trained(tmp_path, **halves), expected)
+    with pytest.warns(FutureWarning):  # that transformers will call it otherwise
+        assert_same_weights(trained(tmp_path, gradient_checkpointing=True), expected)
+    steps = {"save_strategy": "steps", "save_steps": 2}
+    assert_same_weights(trained(tmp_path / "steps", **steps), expected)
+    shutil.rmtree(tmp_path / "steps" / "checkpoint-4")
+    assert_same_weights(trained(tmp_path / "steps", resume=True, **steps), expected)
+    step = tmp_path / "steps" / "checkpoint-4"
+    tiny().config.save_pretrained(step)  # of a model of one's own, Trainer saves the weights alone
+    assert_same_weights(OpenLlamaForCausalLM.from_pretrained(step).state_dict(), expected)
+
+
+def test_works_with_the_evaluation_of_transformers_5(tmp_path):
+    run = trainer(tmp_path, bf16=True)
+    run.train()
+    assert all(entry["loss"] < 20 for entry in run.state.log_history if "loss" in entry)
+    model = run.model.float().eval()
+    ids = torch.stack([row["input_ids"] for row in sequences()])
+    found = trainer(tmp_path, model).evaluate(sequences())
+    assert_close(torch.tensor(found["eval_loss"]), model(ids, labels=ids).loss.detach())
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's own
+def test_works_with_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    ids = batch("none")[0]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny(), config)
+    plain = tiny()(ids).logits
+    assert not torch.allclose(model(ids).logits, plain, atol=1e-2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {name.split(".")[-3] for name, x in model.named_parameters() if x.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+    text = model.generate(input_ids=ids, max_new_tokens=8)
+    model.save_pretrained(tmp_path / "lora")
+    again = peft.PeftModel.from_pretrained(tiny(), tmp_path / "lora")
+    assert_close(again(ids).logits, model(ids).logits)
+    merged = model.merge_and_unload()
+    assert type(merged) is OpenLlamaForCausalLM
+    assert_close(merged(ids).logits, again(ids).logits)
+    assert text.equal(merged.generate(ids, max_new_tokens=8))
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(
+        OpenLlamaForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, merged(ids).logits
+    )
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(TypeError):  # generate would have to know of the prompt that is learnt
+        peft.get_peft_model(tiny(), prompts)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao's own
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_works_with_torchao(tmp_path, kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    ids = batch("none")[0]
+    model = tiny()
+    quantization.quantize_(model, getattr(quantization, kind)())
+    expected = tiny()(ids).logits
+    # a weight is rounded to 127 steps either side, an activation likewise
+    assert (model(ids).logits - expected).std() < 0.05 * expected.std()
+    model.generate(ids, max_new_tokens=4)
+    with pytest.raises(ValueError, match="as of a quantised layer"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def loss_of(model, ids):
+    def loss(parameters, ids=ids):
+        inputs = {"labels": ids, "use_cache": False}
+        return torch.func.functional_call(model, parameters, (ids,), inputs).loss
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_works_with_torch_func():
+    model, (ids, _) = tiny(), batch("none")
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    loss = loss_of(model, ids)
+    grads = torch.func.grad(loss)(parameters)
+    assert_same_gradients(grads, gradients(model, model(ids, labels=ids).loss))
+    single = torch.func.grad(lambda parameters, row: loss(parameters, row[None]))
+    rows = torch.func.vmap(single, in_dims=(None, 0))(parameters, ids)
+    for number, row in enumerate(ids):
+        expected = gradients(model, model(row[None], labels=row[None]).loss)
+        assert_same_gradients({name: x[number] for name, x in rows.items()}, expected)
+    torch.manual_seed(0)
+    tangents = {name: torch.randn_like(x) for name, x in parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels have no forward-mode derivatives
+        _, change = torch.func.jvp(loss, (parameters,), (tangents,))
+        embeds = torch.randn(1, 3, model.config.hidden_size)
+
+        def last(embeds):
+            return model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+
+        backward, forward = torch.func.jacrev(last)(embeds), torch.func.jacfwd(last)(embeds)
+    assert_close(change, sum((grads[name] * tangents[name]).sum() for name in grads))
+    assert_close(forward, backward)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [OpenLlamaForCausalLM, OpenLlamaModel])
+def test_works_with_export_at_every_shape(kind, masked, strict):
+    model, (ids, mask) = tiny(kind), batch("left")
+    inputs = {"input_ids": ids, "use_cache": False}
+    shape = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", min=2, max=512)}
+    shapes = {"input_ids": shape, "use_cache": None}
+    if masked:
+        inputs["attention_mask"] = mask
+        shapes["attention_mask"] = shape
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=strict).module()
+    for B, T in ((2, 24), (1, 2), (3, 31)):
+        other = {"input_ids": torch.randint(3, V, (B, T)), "use_cache": False}
+        if masked:
+            other["attention_mask"] = (torch.arange(T) >= torch.arange(B)[:, None] % T).long()
+        assert_close(exported(**other)[0], model(**other)[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # that jit is deprecated, and what it records
+def test_works_with_torch_jit_trace():
+    model = tiny(use_cache=False, return_dict=False)
+    (ids, _) = batch("none")
+    traced = torch.jit.trace(model, (ids, torch.ones_like(ids)))
+    mask = batch("left")[1]
+    for T in (24, 5):
+        other = (ids[:, :T], mask[:, :T].clone().index_fill_(1, torch.tensor([T - 1]), 1))
+        assert_close(traced(*other)[0], model(*other)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_works_with_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = tiny(use_cache=False, return_dict=False)
+    shape = {0: torch.export.Dim("B"), 1: torch.export.Dim("T", min=2, max=512)}
+    path, ids = tmp_path / "model.onnx", batch("none")[0]
+    torch.onnx.export(model, (ids,), path, dynamo=True, dynamic_shapes=(shape,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for other in (ids, torch.randint(3, V, (3, 7))):
+        (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        assert_close(torch.from_numpy(found), model(other)[0])
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+@pytest.mark.parametrize("kind", [OpenLlamaForCausalLM, OpenLlamaForSequenceClassification])
+def test_works_without_memory(where, kind):
+    mode = FakeTensorMode() if where == "fake" else torch.device("meta")
+    with mode:
+        model = kind(OpenLlamaConfig())  # of 7 billion parameters
+        ids = torch.zeros(2, 2048, dtype=torch.long)
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits
+    assert logits.shape == ((2, 2048, 100000) if kind is OpenLlamaForCausalLM else (2, 2))
+
+
+def test_works_with_a_cache_made_under_autocast():
+    model, (ids, _) = tiny(), batch("none")
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model(ids[:, :-1]).past_key_values
+        logits = model(ids[:, -1:], past_key_values=cache).logits
+    expected = model(ids).logits[:, -1:]
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()  # bfloat16's round-off
+
+
+def test_works_with_hooks():
+    """What each head writes, an activation put in another's place, and an attention pattern."""
+    model, (ids, _) = tiny(), batch("none")
+    layer, inputs, hidden = model.model.layers[1], [], []
+    handles = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x: inputs.append(x[0])),
+        layer.self_attn.register_forward_hook(lambda _, x, y: hidden.append(y[0])),
+    ]
+    clean = model(ids).logits
+    D = model.config.head_dim
+    weight = layer.self_attn.o_proj.weight.view(-1, model.config.num_attention_heads, D)
+    heads = torch.einsum("bthd,chd->bthc", inputs[0].unflatten(2, (-1, D)), weight)
+    assert_close(heads.sum(2), hidden[0])
+    for handle in handles:
+        handle.remove()
+    patch = layer.register_forward_hook(lambda _, x, y: (patched[0], y[1]))
+    patched = tiny(seed=1).model(ids, output_hidden_states=True).hidden_states[1:2]
+    expected = model.model.norm(patched[0]) @ model.output_weight.T
+    assert_close(model(ids).logits, expected)
+    patch.remove()
+    assert torch.equal(model(ids).logits, clean)
+
+
+def test_works_as_the_document_shows():
+    model, (ids, mask) = tiny(), batch("left")
+    assert model.device == ids.device and model.dtype == torch.float32
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    text = model.generate(**inputs, max_length=30)
+    assert text.shape == (len(ids), 30)
+    several = model.generate(**inputs, max_length=30, num_return_sequences=3)
+    assert several.equal(text.repeat_interleave(3, dim=0))
+    drawn = model.generate(
+        ids,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        eos_token_id=None,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert len({tuple(row) for row in drawn[:3].tolist()}) == 3
+    for wrong in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match="num_return_sequences="):
+            model.generate(ids, num_return_sequences=wrong)
+
+
+def test_num_parameters_counts_what_is_asked_for():
+    model = tiny(shared_input_output_embedding=False)
+    embedding = model.model.embed_tokens.weight
+    everything = sum(x.numel() for x in model.parameters())
+    assert model.num_parameters() == everything
+    assert model.num_parameters(exclude_embeddings=True) == everything - embedding.numel()
+    embedding.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == everything - embedding.numel()
 
 
 # --- one thing changed -----------------------------------------------------------------------
