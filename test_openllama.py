@@ -2789,6 +2789,64 @@ def test_works_as_the_document_shows():
             model.generate(ids, num_return_sequences=wrong)
 
 
+@pytest.mark.parametrize("number, package", [(3, "peft"), (4, "torchao")])
+def test_works_with_the_recipes_of_the_readme(tmp_path, number, package):
+    pytest.importorskip(package)
+    for folder in ("checkpoint", "merged"):
+        tiny(vocab_size=1000).save_pretrained(tmp_path / folder)
+    code = readme_examples()[number]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of its own
+def test_works_with_lm_evaluation_harness(tmp_path):
+    """In batches, each pair gets what its text alone gives; a rolling text is scored in windows."""
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    space = {}
+    exec(readme_examples()[5], space)
+    length = 32
+    model = tiny(vocab_size=259, initializer_range=0.05, max_position_embeddings=length)
+    model.save_pretrained(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    harness = space["OpenLlama"](tmp_path, batch_size=3)
+    pairs = [("What is", " that?"), ("A longer context,", " yes"), ("x", " y z"), ("", "abc")]
+
+    def request(kind, *arguments):
+        return instance(kind, {}, arguments, 0)
+
+    def score(ids: list[int], new: list[int]) -> tuple[float, bool]:
+        scores = model(torch.tensor([ids + new])).logits[0].log_softmax(-1)[-len(new) - 1 : -1]
+        total = sum(float(row[token]) for row, token in zip(scores, new, strict=True))
+        return total, scores.argmax(-1).tolist() == new
+
+    found = harness.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
+    for (context, new), (total, greedy) in zip(pairs, found, strict=True):
+        ids = harness.tok_encode(context) if context else [harness.prefix_token_id]
+        expected = score(ids, harness.tok_encode(new, add_special_tokens=False))
+        assert total == pytest.approx(expected[0], abs=1e-4) and greedy is expected[1]
+    text = "abcdefghij" * 8  # longer than the model is trained for
+    ids = harness.tok_encode(text, add_special_tokens=False)
+    (total,) = harness.loglikelihood_rolling([request("loglikelihood_rolling", text)])
+    rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    expected = score([harness.prefix_token_id], rows[0])[0]
+    for number, row in enumerate(rows[1:], start=1):  # the last one's context is as long as may be
+        begin = number * length + len(row) - length - 1
+        expected += score(ids[begin : number * length], row)[0]
+    assert total == pytest.approx(expected, abs=1e-3)
+    settings = {"until": ["\n"], "max_gen_toks": 6}
+    (answer,) = harness.generate_until([request("generate_until", "What is", settings)])
+    ids = harness.tok_encode("What is")
+    new = model.generate(ids, max_new_tokens=6)[0, len(ids) :].tolist()
+    assert answer == harness.text.decode(new).split("\n")[0]
+
+
 def test_num_parameters_counts_what_is_asked_for():
     model = tiny(shared_input_output_embedding=False)
     embedding = model.model.embed_tokens.weight
@@ -3975,10 +4033,13 @@ def test_the_file_alone_needs_nothing_but_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def readme_examples() -> list[str]:
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def test_the_examples_of_the_readme_run(tmp_path):
-    library, classifier, sharded, figures = re.findall(
-        r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    library, classifier, sharded, *_, figures = readme_examples()
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
     def run(code, *launcher):
