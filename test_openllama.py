@@ -6,6 +6,7 @@ need transformers, a
 tokenizer's package or a GPU are skipped where there is none.
 
     python -m pytest -q
+    python test_openllama.py [transformers]     figures of speed, not a test
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -4039,7 +4041,7 @@ def readme_examples() -> list[str]:
 
 
 def test_the_examples_of_the_readme_run(tmp_path):
-    library, classifier, sharded, *_, figures = readme_examples()
+    library, classifier, sharded, *_ = readme_examples()
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
     def run(code, *launcher):
@@ -4059,7 +4061,6 @@ def test_the_examples_of_the_readme_run(tmp_path):
     shares = [int(share) for share in re.findall(r"right (\d+)%", run(classifier))]
     assert len(shares) == 7 and shares[0] < 70 and shares[-1] > 90
     run(sharded, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    compile(figures, "figures.py", "exec")  # it measures a GPU, for minutes
 
 
 def test_importing_is_quiet_and_brings_in_torch_alone():
@@ -5859,3 +5860,128 @@ def test_defaults_are_those_of_the_reference(hf):
     for key, value in vars(OpenLlamaConfig()).items():
         if hasattr(theirs, key) and key != "id2label":
             assert value == getattr(theirs, key), key
+
+
+# --- figures: python test_openllama.py [transformers] ----------------------------------------
+
+
+class Bench:
+    """Decoding, prefill and training, beside what the machine can do: of the 7B model in bfloat16
+    on a GPU, of one of 110 million parameters in float32 on a CPU."""
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.length = 512  # tokens of a prompt, and of a row in training
+        sizes = {
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        }
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda")
+            self.dtype = torch.bfloat16
+            self.length = 2048
+            sizes = {}  # the defaults: 7B
+        dropout = {"hidden_dropout_prob": 0.0, "attention_dropout_prob": 0.0}
+        self.config = OpenLlamaConfig(**sizes, **dropout, eos_token_id=None)
+        shape = (4, self.length)
+        self.ids = torch.randint(3, self.config.vocab_size, shape, device=self.device)
+        shares = torch.tensor([[1.0], [0.8], [0.6], [0.4]], device=self.device)
+        self.mask = (torch.arange(self.length, device=self.device) < shares * self.length).long()
+        size = 2**13 if self.device.type == "cuda" else 2**11
+        matrix = torch.randn(size, size, device=self.device, dtype=self.dtype)
+        long = torch.ones(2**28, device=self.device, dtype=self.dtype)
+        self.flops = 2 * size**3 / self.seconds(lambda: matrix @ matrix)
+        self.bandwidth = 2 * long.nbytes / self.seconds(long.clone)
+
+    def seconds(self, run) -> float:
+        """The median of three runs, after two that warm up."""
+        durations = []
+        for _ in range(5):
+            self.wait()
+            start = time.perf_counter()
+            run()
+            self.wait()
+            durations.append(time.perf_counter() - start)
+        return statistics.median(durations[2:])
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def decode(self, name: str, model, rows: int, **how) -> None:
+        """New tokens after 64: 129 less 1, so that the prompt's own time falls out."""
+
+        def generate(count: int):
+            ids = self.ids[:rows, :64]
+            return model.generate(ids, max_new_tokens=count, do_sample=False, **how)
+
+        step = (self.seconds(lambda: generate(129)) - self.seconds(lambda: generate(1))) / 128
+        cached = 2 * self.config.num_hidden_layers * 128 * self.config.hidden_size  # on average
+        read = sum(x.nbytes for x in model.parameters()) + rows * cached * self.dtype.itemsize
+        share = read / step / self.bandwidth
+        print(f"{name}, {rows} rows: {rows / step:.1f} tokens/s, {share:.2f} of the copy rate")
+
+    def work(self, model) -> int:
+        """Operations for each token of a forward: two for each weight, and attention's."""
+        attention = 2 * self.config.num_hidden_layers * self.length * self.config.hidden_size
+        return 2 * sum(x.numel() for x in model.parameters()) + attention
+
+    def prefill(self, name: str, model) -> None:
+        ids = self.ids[:1]
+        rate = self.length / self.seconds(lambda: model.generate(ids, max_new_tokens=1))
+        output = 2 * self.config.vocab_size * self.config.hidden_size  # the last token's alone
+        share = rate * (self.work(model) - output) / self.flops
+        print(f"{name}: {rate:.0f} tokens/s, {share:.2f} of the matrix rate")
+
+    def train(self, name: str, model, mask: torch.Tensor | None) -> None:
+        def step():
+            model(self.ids, attention_mask=mask, labels=self.ids).loss.backward()
+            model.zero_grad()
+
+        rate = self.ids.numel() / self.seconds(step)
+        share = 3 * rate * self.work(model) / self.flops
+        print(f"{name}: {rate:.0f} tokens/s, {share:.2f} of the matrix rate")
+
+    def model(self, kind, config):
+        torch.set_default_dtype(self.dtype)
+        with self.device:
+            return kind(config)
+
+    def run(self, name: str, model, ways: dict, backends: list[str]) -> None:
+        model.eval()
+        for way, how in ways.items():
+            for rows in (1, 4):
+                self.decode(f"{name} decode, {way}", model, rows, **how)
+        self.prefill(f"{name} prefill", model)
+        model.train().gradient_checkpointing_enable()
+        for backend in backends:
+            if backend == "SDPA":
+                sys.modules["xformers.ops"] = None  # importing it then fails
+            for padding, mask in (("no", None), ("30%", self.mask)):
+                self.train(f"{name} training, {backend}, {padding} padding", model, mask)
+
+
+def main() -> None:
+    bench = Bench()
+    backends = ["xformers", "SDPA"] if bench.device.type == "cuda" else ["SDPA"]
+    ways = {"eager": {}, "compiled": {"compile": True}}
+    bench.run("openllama", bench.model(OpenLlamaForCausalLM, bench.config), ways, backends)
+    if "transformers" in sys.argv:
+        import transformers
+
+        values = bench.config.to_dict() | {"model_type": "llama", "tie_word_embeddings": True}
+        config = transformers.LlamaConfig(**values)
+        bench.run(
+            "transformers",
+            bench.model(transformers.LlamaForCausalLM, config),
+            {"eager": {}},
+            ["SDPA"],
+        )
+
+
+if __name__ == "__main__":
+    main()
