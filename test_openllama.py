@@ -5428,13 +5428,14 @@ def test_what_became_a_llama_becomes_an_open_llama_again(tmp_path, head, stable)
     torch.testing.assert_close(logits(tmp_path / "again"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_stable_embedding_is_rounded_once(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stable_embedding_is_rounded_once(tmp_path, dtype):
     """In the type of the weights, from what float64 gives, and without a second rounding."""
-    model = tiny(hidden_size=64).bfloat16()
+    model = tiny(hidden_size=64).to(dtype)
     model.save_pretrained(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "dst", to="llama")
     exact = copy.deepcopy(model.model).double()
-    expected = exact.embed_layer_norm(exact.embed_tokens.weight).bfloat16()
+    expected = exact.embed_layer_norm(exact.embed_tokens.weight).to(dtype)
     assert read_result(tmp_path / "dst")[EMBEDDING].equal(expected)
     assert read_result(tmp_path / "dst")["lm_head.weight"].equal(model.output_weight)
 
