@@ -36,7 +36,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -57,6 +56,7 @@ from openllama import (
     as_dtype,
     byte_size,
     check_layers,
+    common_type,
     cut,
     deal,
     expect,
@@ -298,7 +298,6 @@ class Source:
 # The keys of LLaMA's config.json that say something about the model. OpenLlamaConfig judges them,
 # and refuses what Open-Llama does not have; all other keys are passed over.
 LLAMA_KEYS = {field.name for field in fields(OpenLlamaConfig)} | {
-    "id2label",
     "rope_parameters",
     "head_dim",
     "attention_bias",
@@ -517,8 +516,8 @@ class Plan:
         if self.to == "llama":
             name = name.removeprefix("Open")
             values = llama_values(self.config)
-        dtype = str(reduce(torch.promote_types, [like.dtype for like in self.like.values()]))
-        values |= {"architectures": [name], "torch_dtype": dtype.removeprefix("torch.")}
+        dtype = str(common_type(self.like)).removeprefix("torch.")
+        values |= {"architectures": [name], "torch_dtype": dtype}
         return json.dumps(values, indent=2) + "\n"
 
     def take_notes(self, src: Path, values: dict) -> list[str]:
@@ -795,24 +794,22 @@ def working_at(dst: Path) -> Iterator[Path]:
     expect(not place.is_symlink(), f"{place} is a link: expected nothing there")
     place.mkdir(exist_ok=True)
     with locked(place, dst):
-        clear(place, dst)
+        bring_back(place, dst)
+        for path in place.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
         try:
             yield place
         finally:
-            clear(place, dst)
+            bring_back(place, dst)
+            # what cannot be removed stays: it is hidden, and a whole result is no failure
             shutil.rmtree(place, ignore_errors=True)
 
 
-def clear(place: Path, dst: Path) -> None:
-    """Remove what a run has left, but for an old checkpoint that nothing has replaced.
-
-    What cannot be removed stays: it is hidden, and does not make a whole result a failure.
-    """
+def bring_back(place: Path, dst: Path) -> None:
+    """Bring an old checkpoint back that nothing has replaced."""
     old = place / "old"
     if old.exists() and not dst.exists():
         old.rename(dst)
-    for path in place.iterdir():
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -846,7 +843,8 @@ def takes_lock(folder: int, place: Path) -> bool:
 
 def exchange(a: Path, b: Path) -> bool:
     """Let two folders change places in one instant, if the system can, as Linux does."""
-    at_any_folder, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    at_any_folder = -100  # AT_FDCWD
+    exchanging = 2  # RENAME_EXCHANGE
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, TypeError, OSError):
@@ -998,7 +996,7 @@ def make_parser() -> ArgumentParser:
         "--to",
         choices=RESULTS,
         default="open-llama",
-        help="llama: for transformers, llama.cpp, vLLM; default: %(default)s",
+        help="llama: for all that runs a LLaMA; default: %(default)s",
     )
     add(
         "--dtype",

@@ -652,14 +652,7 @@ class OpenLlamaLanguageModel(OpenLlamaWithHead):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             else:
                 loss = loss_in_chunks(hidden, self.output_weight, targets)
-        out = ModelOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
-        return self.in_form(out, return_dict)
+        return self.in_form(out.of_head(loss, logits), return_dict)
 
 
 # =============================================================================================
@@ -964,6 +957,16 @@ class ModelOutput:
     hidden_states: tuple[Tensor, ...] | None = None  # each layer's input, and last_hidden_state
     attentions: tuple[Tensor, ...] | None = None  # the weights of each layer, (B, H, T, S)
 
+    def of_head(self, loss: Tensor | None, logits: Tensor | None) -> ModelOutput:
+        """What a head returns, given this output of the decoder."""
+        return ModelOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=self.past_key_values,
+            hidden_states=self.hidden_states,
+            attentions=self.attentions,
+        )
+
     def keys(self) -> list[str]:
         return [name for name, value in vars(self).items() if value is not None]
 
@@ -1168,14 +1171,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        out = ModelOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
-        return self.in_form(out, return_dict)
+        return self.in_form(out.of_head(loss, logits), return_dict)
 
     def last_tokens(
         self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -1854,7 +1850,7 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, max_shard_size: st
     if not sharded or dist.get_rank() == 0:
         try:
             write_checkpoint(folder, config, shards, tensors, stream)
-        except Exception as error:  # of any kind, as the other processes must hear of it
+        except OSError as error:  # the other processes must hear of it
             problem = error
     for _ in stream:
         pass
@@ -1930,7 +1926,7 @@ def write_checkpoint(
                 for tensor in islice(stream, len(names)):
                     out.write(tensor.reshape(-1).view(torch.uint8).numpy())
         old = folder / "config.json"
-        if old.exists() and old.read_text(encoding="utf-8") != config:
+        if old.exists() and old.read_bytes() != config.encode():
             old.unlink()
 
 
