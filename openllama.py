@@ -1064,18 +1064,28 @@ def lean_attention(
 ) -> tuple[Tensor, None]:
     """PyTorch's fused attention; but on the CPU, with dropout, its kernel stores the weights.
 
-    So there the textbook's is computed, and once more in the backward. All that is stored is what
-    is dropped, a byte for each weight: to draw it again would take longer.
+    So there the textbook's is computed, and once more in the backward: for 128 queries at a time,
+    whose weights the processor's cache can hold. All that is stored is what is dropped, a byte for
+    each weight: to draw it again would take longer.
     """
     if q.is_cuda or dropout_p == 0:
         return fused_attention(q, k, v, mask, dropout_p)
-    if mask is None:
-        T = q.shape[1]
-        S = k.shape[1]
+    T = q.shape[1]
+    S = k.shape[1]
+    causal = mask is None
+    if causal:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    kept = draw_kept(q, k, dropout_p)
-    out, _ = checkpoint(attention, q, k, v, mask, kept, dropout_p, use_reentrant=False)
-    return out, None
+    outs = []
+    for begin in range(0, T, 128):
+        end = min(begin + 128, T)
+        seen = S
+        if causal:
+            seen = S - T + end  # what these queries see; the keys behind are in the future
+        inputs = (q[:, begin:end], k[:, :seen], v[:, :seen], mask[..., begin:end, :seen])
+        kept = draw_kept(*inputs[:2], dropout_p)
+        out, _ = checkpoint(attention, *inputs, kept, dropout_p, use_reentrant=False)
+        outs.append(out)
+    return torch.cat(outs, dim=1), None
 
 
 def draw_kept(q: Tensor, k: Tensor, dropout_p: float) -> Tensor | None:

@@ -2321,6 +2321,39 @@ def test_attention_dropout_draws_for_each_weight(efficient):
     assert (dropped.double().T.corrcoef() - torch.eye(18)).abs().max() <= 5 / math.sqrt(N)
 
 
+@pytest.mark.parametrize("seen", ("the past", "by a mask", "all"))
+@pytest.mark.parametrize("past", (0, 40))
+def test_attention_dropout_of_many_queries_drops_weights_and_nothing_else(seen, past):
+    """Of more queries than are computed at a time: each weight is what it is without dropout, by
+    1 - p, or 0; in the backward as well."""
+    T, p, g = 300, 0.3, torch.Generator().manual_seed(12)
+    S = past + T
+    q, k = torch.randn(1, T, 2, 4, generator=g), torch.randn(1, S, 2, 4, generator=g)
+    v = torch.eye(S)[None, :, None].expand(1, S, 2, S)  # so that what is returned is the weights
+    mask = torch.ones(1, 1, T, S, dtype=torch.bool)
+    if seen != "all":
+        mask = mask.tril(past)
+    attend = openllama.lean_attention
+    if seen != "the past":
+        attend = openllama.masked_attention(mask, eager=False)
+    torch.manual_seed(4)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    some = attend(*inputs, p)[0]
+    copies = [x.detach().requires_grad_() for x in (q, k, v)]
+    kept = (some.detach() != 0).transpose(1, 2)  # (1, H, T, S)
+    theirs = openllama.attention(*copies, mask, kept, p)[0]
+    assert_close(some, theirs)
+    weights = torch.randn(some.shape, generator=g)
+    ours, expected = (
+        torch.autograd.grad((x * weights).sum(), leaves)
+        for x, leaves in ((some, inputs), (theirs, copies))
+    )
+    for x, y in zip(ours, expected, strict=True):
+        assert_close(x, y)
+    share = kept[mask.expand_as(kept)].double().mean()
+    assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / mask.sum())
+
+
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
 def test_memory_efficient_attention_keeps_no_weights_for_the_backward(dropout):
     model, ids = tiny(attention_dropout_prob=dropout).train(), torch.ones(1, 64, dtype=torch.long)
