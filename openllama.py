@@ -60,6 +60,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
@@ -2352,6 +2353,11 @@ def next_scores(
 
 # --- 12. Speed -------------------------------------------------------------------------------
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+is_exporting = getattr(
+    torch.compiler, "is_exporting", bool
+)  # torch 2.6 cannot tell; bool() is False
+
 
 class Linear(nn.Linear):
     """nn.Linear, with `linear` for its product."""
@@ -2372,26 +2378,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight' + bias, (..., C) to (..., len(weight)): PyTorch's product, except in two cases.
 
     Compiled, a single token's product is written as the sum that it is, for which torch.compile
-    makes a loop that runs at the speed of memory. And in inference, that is under
-    torch.inference_mode() as in `generate`, a large float32 product on a CPU is oneDNN's. PyTorch's
-    own choice is MKL, which uses one thread for a single token, and on AMD processors has as little
-    as half of oneDNN's speed. The last three arguments say that nothing is done to the result.
+    makes a loop that runs at the speed of memory. And in inference a large float32 product on a CPU
+    is oneDNN's. PyTorch's own choice is MKL, which uses one thread for a single token, and on AMD
+    processors has as little as half of oneDNN's speed.
     """
-    if torch.compiler.is_compiling():
-        if is_single_token(x, weight):
-            return single_token_product(x, weight, bias)
-    elif suits_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if torch.compiler.is_compiling() and is_single_token(x) and is_plain(x, weight):
+        return single_token_product(x, weight, bias)
+    if suits_onednn(x, weight) and is_plain(x, weight):
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def is_single_token(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.numel() == x.shape[-1]
-        and type(weight) is nn.Parameter  # not sharded, not quantised
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def is_single_token(x: Tensor) -> bool:
+    return x.numel() == x.shape[-1]
 
 
 def single_token_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -2402,24 +2401,44 @@ def single_token_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is faster here, and nothing is active that has to see the product: oneDNN's
-    has no derivatives, no rule for vmap, and no count of its operations.
-
-    A call of oneDNN costs some 30 microseconds more. That is little beside reading a large matrix,
-    or beside multiplying a smaller one with many rows, as in the prefill of a prompt.
-    """
+    """Whether oneDNN is faster: a call of it costs some 30 microseconds more. That is little beside
+    reading a large matrix, or beside multiplying a smaller one with many rows, as in the prefill of
+    a prompt."""
     rows = x.numel() // x.shape[-1]
     large = weight.numel() >= 2**19 or rows * weight.numel() >= 2**25
-    return (
-        torch.is_inference_mode_enabled()  # never true where something is differentiated
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and large
-        and type(weight) is nn.Parameter  # not sharded, not quantised
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-        and has_values(x)
-    )
+    return large and x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product, which has no derivatives, no rule for vmap, and no count of operations."""
+    if torch.compiler.is_compiling():
+        return opaque_onednn_linear(x, weight, bias)
+    # the last three arguments say that nothing is done to the result
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("openllama::onednn_linear", mutates_args=())
+def opaque_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for torch.compile, which knows other rules for oneDNN's: it takes this as it is."""
+    return onednn_linear(x, weight, bias)
+
+
+@opaque_onednn_linear.register_fake
+def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing has to see the product of x and the weight, but for its result: neither
+    derivatives, autocast or vmap nor who counts, traces or exports; and no weight is sharded or
+    quantised."""
+    if type(weight) is not nn.Parameter or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.compiler.is_compiling():
+        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return not (differentiated or is_exporting())
+    # nothing is ever differentiated in inference mode, but compiled code cannot ask for that
+    return torch.is_inference_mode_enabled() and has_values(x)
 
 
 def inference_mode_for(model: nn.Module) -> Callable:

@@ -1988,7 +1988,7 @@ def test_large_products_in_inference_are_onednns_and_no_others():
     plain, bias = torch.nn.functional.linear(x, weight), torch.randn(1024)
 
     def chosen(x=x, weight=weight):
-        return openllama.suits_onednn(x, weight)
+        return openllama.suits_onednn(x, weight) and openllama.is_plain(x, weight)
 
     assert not chosen()  # autograd records
     with torch.no_grad():
@@ -2013,16 +2013,58 @@ def test_large_products_in_inference_are_onednns_and_no_others():
         assert told == [False, False]
 
 
+@needs_onednn
+def test_large_products_in_compiled_inference_are_onednns_and_no_others():
+    layer, x = openllama.Linear(512, 1024), torch.randn(4, 1, 512)
+    called = []
+
+    def spy(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def chosen(x=x, layer=layer):
+        called.clear()
+        torch._dynamo.reset()  # or what was compiled before would be used again
+        out = torch.compile(layer, backend=spy, dynamic=True, fullgraph=True)(x)
+        product = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+        assert_close(out.float(), product, 1e-5 if out.dtype == torch.float32 else 0.1)
+        return "openllama.onednn_linear.default" in called
+
+    assert not chosen()  # autograd records
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert chosen() and chosen(x[:2])
+            assert not chosen(x[:1])  # a single token's product is a sum
+            assert not chosen(layer=openllama.Linear(512, 1023))  # too small
+            assert not chosen(x.bfloat16(), copy.deepcopy(layer).bfloat16())
+            with torch.autocast("cpu", torch.bfloat16):
+                assert not chosen()
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), strict=True)
+    assert not any("onednn" in str(node.target) for node in exported.graph.nodes)
+    ops = "test_schema", "test_faketensor"
+    torch.library.opcheck(
+        openllama.opaque_onednn_linear, (x, layer.weight.detach(), None), test_utils=ops
+    )
+
+
+@pytest.mark.parametrize("compiled", (False, True))
 @pytest.mark.parametrize("mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
-def test_derivatives_are_right_in_every_mode(mode):
+def test_derivatives_are_right_in_every_mode(mode, compiled):
     """A large layer, in forward and in reverse: of a product, it is the product."""
     layer, x = openllama.Linear(512, 1024, bias=False), torch.randn(2, 512)
     expected = layer.weight.detach()
-    with mode():
-        assert_close(torch.func.jvp(layer, (x,), (x,))[1], x @ expected.T)
-        assert_close(torch.func.jacrev(layer)(x[0]), expected)
-        assert_close(torch.func.jacfwd(layer)(x[0]), expected)
-        assert_close(torch.func.vmap(layer)(x), x @ expected.T)
+    ways = {
+        lambda x: torch.func.jvp(layer, (x,), (x,))[1]: x @ expected.T,
+        lambda x: torch.func.jacrev(layer)(x[0]): expected,
+        lambda x: torch.func.jacfwd(layer)(x[0]): expected,
+        torch.func.vmap(layer): x @ expected.T,
+    }
+    for way, result in ways.items():
+        if compiled:
+            way = torch.compile(way, backend="aot_eager")
+        with mode():
+            assert_close(way(x), result)
 
 
 def test_shapes_are_told_without_memory():
