@@ -2201,7 +2201,7 @@ class OpenLlamaForCausalLM(OpenLlamaLanguageModel):
         repetition_penalty: above 1, what a row already holds gets less likely.
         eos_token_id: ends a row, which then goes on with pad_token_id; one, several, None: never.
         generator: draws the tokens; None: torch's own.
-        compile: compile the step from token to token, which takes 15 seconds the first time.
+        compile: compile the step from token to token, which takes half a minute the first time.
         num_return_sequences: of each row, one after the other.
         token_type_ids: of a tokenizer that gives them; without meaning here.
         """
@@ -2482,9 +2482,12 @@ class FixedKVCache(KVCache):
         for tensor in (*self.keys, *self.values, self.documents, self.length):
             # a CUDA graph may write to it; without a guard, as other caches use the same code
             torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in (*self.keys, *self.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # the code is for any capacity
+        torch._dynamo.maybe_mark_dynamic(self.documents, 1)
 
     def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
-        return self.places(x.shape[1]), self.capacity
+        return self.places(x.shape[1]), self.documents.shape[1]
 
     def places(self, T: int) -> Tensor:
         return self.length + torch.arange(T, device=self.length.device)
@@ -2505,8 +2508,8 @@ class FixedKVCache(KVCache):
 def compiled_step(device: torch.device) -> Callable:
     """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
     torch.compile(torch.neg)(torch.ones(1, device=device))  # fails if there is no compiler
-    print("compiling the decoding step, which takes about 15 seconds", file=sys.stderr)
-    options = {"dynamic": True, "mode": "reduce-overhead"}
+    print("compiling the decoding step, which takes half a minute at first", file=sys.stderr)
+    options = {"mode": "reduce-overhead"}
     try:
         # models of other sizes and settings compile it anew, up to the limit
         return torch.compile(next_scores, **options, recompile_limit=64)
@@ -2991,7 +2994,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--compile",
         action="store_true",
-        help="compile the decoding step: 15 seconds first, then faster",
+        help="compile the decoding step: half a minute at first, then faster",
     )
     add("--demo-dir", type=Path, metavar="FOLDER", help="default: ~/.cache/openllama-zen")
     args = parser.parse_args(argv)
