@@ -1066,8 +1066,8 @@ def lean_attention(
     """PyTorch's fused attention; but on the CPU, with dropout, its kernel stores the weights.
 
     So there the textbook's is computed, and once more in the backward: for 128 queries at a time,
-    whose weights the processor's cache can hold. All that is stored is what is dropped, a byte for
-    each weight: to draw it again would take longer.
+    so that few weights exist at once. What is stored is which of them are kept, a byte for each: to
+    draw that again would take longer.
     """
     if q.is_cuda or dropout_p == 0:
         return fused_attention(q, k, v, mask, dropout_p)
@@ -1076,15 +1076,21 @@ def lean_attention(
     causal = mask is None
     if causal:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    kept = draw_kept(q, k, dropout_p)
+    size = T
+    begins = [0]
+    if not torch.compiler.is_compiling():  # which would unroll the loop, for this T alone
+        size = 128
+        begins = range(0, T, size)
     outs = []
-    for begin in range(0, T, 128):
-        end = min(begin + 128, T)
+    for begin in begins:
+        end = min(begin + size, T)
         seen = S
         if causal:
-            seen = S - T + end  # what these queries see; the keys behind are in the future
-        inputs = (q[:, begin:end], k[:, :seen], v[:, :seen], mask[..., begin:end, :seen])
-        kept = draw_kept(*inputs[:2], dropout_p)
-        out, _ = checkpoint(attention, *inputs, kept, dropout_p, use_reentrant=False)
+            seen = S - T + end  # the keys behind these are in the future of all these queries
+        inputs = (q[:, begin:end], k[:, :seen], v[:, :seen])
+        masks = (mask[..., begin:end, :seen], kept[..., begin:end, :seen])
+        out, _ = checkpoint(attention, *inputs, *masks, dropout_p, use_reentrant=False)
         outs.append(out)
     return torch.cat(outs, dim=1), None
 
@@ -2353,10 +2359,9 @@ def next_scores(
 
 # --- 12. Speed -------------------------------------------------------------------------------
 
+# looked up once, for code that may be compiled; torch 2.6 has no is_exporting: bool() is False
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-is_exporting = getattr(
-    torch.compiler, "is_exporting", bool
-)  # torch 2.6 cannot tell; bool() is False
+is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 class Linear(nn.Linear):
@@ -2404,40 +2409,44 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is faster: a call of it costs some 30 microseconds more. That is little beside
     reading a large matrix, or beside multiplying a smaller one with many rows, as in the prefill of
     a prompt."""
+    if not HAS_ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    large = weight.numel() >= 2**19
+    if large or torch.compiler.is_compiling():  # which must not depend on the number of rows
+        return large
     rows = x.numel() // x.shape[-1]
-    large = weight.numel() >= 2**19 or rows * weight.numel() >= 2**25
-    return large and x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN
+    return rows * weight.numel() >= 2**25
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """oneDNN's product, which has no derivatives, no rule for vmap, and no count of operations."""
     if torch.compiler.is_compiling():
-        return opaque_onednn_linear(x, weight, bias)
+        return onednn_operator(x, weight, bias)
+    return onednn_product(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # the last three arguments say that nothing is done to the result
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("openllama::onednn_linear", mutates_args=())
-def opaque_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for torch.compile, which knows other rules for oneDNN's: it takes this as it is."""
-    return onednn_linear(x, weight, bias)
-
-
-@opaque_onednn_linear.register_fake
-def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
+# torch.compile, which has no code for this product, calls an operator as it is
+onednn_operator = torch.library.custom_op(
+    "openllama::onednn_linear", onednn_product, mutates_args=()
+)
+onednn_operator.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 def is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing has to see the product of x and the weight, but for its result: neither
-    derivatives, autocast or vmap nor who counts, traces or exports; and no weight is sharded or
-    quantised."""
-    if type(weight) is not nn.Parameter or torch.is_autocast_enabled(x.device.type):
+    """Whether only the result of a product is wanted: nothing differentiates it, maps over it,
+    casts, counts, traces or exports it, and the weight is not sharded or quantised."""
+    if type(weight) is not nn.Parameter or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return False
     if torch.compiler.is_compiling():
         differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
         return not (differentiated or is_exporting())
-    # nothing is ever differentiated in inference mode, but compiled code cannot ask for that
+    # autograd records nothing in inference mode, and has_values sees torch.func; compiled code can
+    # ask for neither
     return torch.is_inference_mode_enabled() and has_values(x)
 
 
@@ -2487,6 +2496,7 @@ class FixedKVCache(KVCache):
         torch._dynamo.maybe_mark_dynamic(self.documents, 1)
 
     def begin(self, x: Tensor, config: OpenLlamaConfig) -> tuple[Tensor, int]:
+        # not self.capacity: an int would be a constant of the compiled code
         return self.places(x.shape[1]), self.documents.shape[1]
 
     def places(self, T: int) -> Tensor:

@@ -1981,7 +1981,7 @@ needs_onednn = pytest.mark.skipif(
 
 
 @needs_onednn
-def test_large_products_in_inference_are_onednns_and_no_others():
+def test_large_products_in_inference_are_onednns_and_no_others(monkeypatch):
     x, weight = torch.randn(2, 3, 512), nn.Parameter(torch.randn(1024, 512))
     plain, bias = torch.nn.functional.linear(x, weight), torch.randn(1024)
 
@@ -2001,6 +2001,10 @@ def test_large_products_in_inference_are_onednns_and_no_others():
         assert not chosen(x=x.bfloat16()) and not chosen(weight=weight.to("meta").data)
         with torch.autocast("cpu", torch.bfloat16):
             assert not chosen()
+        with monkeypatch.context() as patch:  # as it is while another thread compiles
+            patch.setattr(torch.compiler, "_is_compiling_flag", True)
+            assert_close(openllama.linear(x, weight, bias), plain + bias)
+            assert_close(openllama.linear(x[:1, :1], weight, bias), plain[:1, :1] + bias)
         with FlopCounterMode(display=False) as counter:
             assert not chosen()
             openllama.linear(x, weight)
@@ -2042,7 +2046,7 @@ def test_large_products_in_compiled_inference_are_onednns_and_no_others():
     assert not any("onednn" in str(node.target) for node in exported.graph.nodes)
     ops = "test_schema", "test_faketensor"
     torch.library.opcheck(
-        openllama.opaque_onednn_linear, (x, layer.weight.detach(), None), test_utils=ops
+        openllama.onednn_operator, (x, layer.weight.detach(), None), test_utils=ops
     )
 
 
@@ -2050,13 +2054,15 @@ def test_large_products_in_compiled_inference_are_onednns_and_no_others():
 @pytest.mark.parametrize("mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
 def test_derivatives_are_right_in_every_mode(mode, compiled):
     """A large layer, in forward and in reverse: of a product, it is the product."""
-    layer, x = openllama.Linear(512, 1024, bias=False), torch.randn(2, 512)
-    expected = layer.weight.detach()
+    layer, x = openllama.Linear(512, 1024, bias=False), torch.randn(3, 2, 512)
+    weight = layer.weight.detach()
+    jacobian = torch.zeros(2, 1024, 2, 512)
+    jacobian[0, :, 0] = jacobian[1, :, 1] = weight
     ways = {
-        lambda x: torch.func.jvp(layer, (x,), (x,))[1]: x @ expected.T,
-        lambda x: torch.func.jacrev(layer)(x[0]): expected,
-        lambda x: torch.func.jacfwd(layer)(x[0]): expected,
-        torch.func.vmap(layer): x @ expected.T,
+        lambda x: torch.func.jvp(layer, (x,), (x,))[1]: x @ weight.T,
+        lambda x: torch.func.jacrev(layer)(x[0]): jacobian,
+        lambda x: torch.func.jacfwd(layer)(x[0]): jacobian,
+        torch.func.vmap(layer): x @ weight.T,
     }
     for way, result in ways.items():
         if compiled:
@@ -2333,9 +2339,14 @@ def test_logits_to_keep_are_columns_of_the_logits_and_leave_the_loss(padding):
 
 @rope
 @padding
-def test_dropout_with_the_same_seed_is_the_same_in_both_backends(rope, padding):
+@pytest.mark.parametrize("times", (1, 7))
+def test_dropout_with_the_same_seed_is_the_same_in_both_backends(rope, padding, times):
+    """7 times 24 tokens are more than the 128 queries that are computed at a time."""
     dropouts = {"hidden_dropout_prob": 0.2, "attention_dropout_prob": 0.3}
     model, (ids, mask) = tiny(rope_scaling=ROPES[rope], **dropouts).train(), batch(padding)
+    ids = ids.repeat(1, times)
+    if mask is not None:
+        mask = mask.repeat(1, times)
     losses, grads = [], []
     for efficient in (True, False):
         model.config.use_memory_efficient_attention = efficient
@@ -2390,8 +2401,14 @@ def test_attention_dropout_of_many_queries_drops_weights_and_nothing_else(seen, 
     )
     for x, y in zip(ours, expected, strict=True):
         assert_close(x, y)
-    share = kept[mask.expand_as(kept)].double().mean()
-    assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / mask.sum())
+    shown = mask.expand_as(kept)
+    assert abs(kept[shown].double().mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / shown.sum())
+    # what is dropped of one row of weights says nothing of the next, nor of that 128 further
+    for rows in (1, 128):
+        both = shown[:, :, rows:] & shown[:, :, :-rows]
+        unlike = (kept[:, :, rows:] != kept[:, :, :-rows])[both].double().mean()
+        share = 2 * p * (1 - p)
+        assert abs(unlike - share) <= 5 * math.sqrt(share * (1 - share) / both.sum())
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
@@ -2459,6 +2476,15 @@ def test_compiled_training_takes_any_shape():
     for B, T in ((2, 32), (3, 40)):
         ids, labels = torch.randint(1, V, (2, B, T), generator=torch.Generator().manual_seed(12))
         assert_compiled_is_eager(model, compiled, ids, None, labels, 0)
+
+
+def test_compiled_training_with_dropout_is_compiled_once_for_any_shape():
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1, attention_dropout_prob=0.3).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(torch.ones(2, 200).long(), labels=torch.ones(2, 200).long()).loss.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(torch.ones(3, 300).long(), labels=torch.ones(3, 300).long()).loss.backward()
 
 
 def test_compiled_the_loss_alone_is_the_loss():
@@ -3167,14 +3193,16 @@ def demo_training(tmp_path_factory):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(io.StringIO()) as progress,
-    ):
-        patch.setattr(torch.optim, "AdamW", AdamW)
-        openllama.demo_checkpoint(folder)
-    after = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stderr(io.StringIO()) as progress,
+        ):
+            patch.setattr(torch.optim, "AdamW", AdamW)
+            openllama.demo_checkpoint(folder)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
     return folder, used, after, progress.getvalue()
 
 
