@@ -2390,7 +2390,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() and is_single_token(x) and is_plain(x, weight):
         return single_token_product(x, weight, bias)
     if suits_onednn(x, weight) and is_plain(x, weight):
-        return onednn_linear(x, weight, bias)
+        if torch.compiler.is_compiling():
+            return onednn_operator(x, weight, bias)
+        return onednn_product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -2418,14 +2420,8 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return rows * weight.numel() >= 2**25
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN's product, which has no derivatives, no rule for vmap, and no count of operations."""
-    if torch.compiler.is_compiling():
-        return onednn_operator(x, weight, bias)
-    return onednn_product(x, weight, bias)
-
-
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product, which has no derivatives, no rule for vmap, and no count of operations."""
     # the last three arguments say that nothing is done to the result
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -2519,12 +2515,13 @@ def compiled_step(device: torch.device) -> Callable:
     """`next_scores`, compiled for any length, once; on CUDA it is replayed as one graph."""
     torch.compile(torch.neg)(torch.ones(1, device=device))  # fails if there is no compiler
     print("compiling the decoding step, which takes half a minute at first", file=sys.stderr)
-    options = {"mode": "reduce-overhead"}
+    mode = "reduce-overhead"
     try:
-        # models of other sizes and settings compile it anew, up to the limit
-        return torch.compile(next_scores, **options, recompile_limit=64)
+        # models of other sizes and settings, and other numbers of rows, compile it anew, up to the
+        # limit
+        return torch.compile(next_scores, mode=mode, recompile_limit=64)
     except TypeError:  # older versions of torch have a limit of 8
-        return torch.compile(next_scores, **options)
+        return torch.compile(next_scores, mode=mode)
 
 
 def tensor_parallel_plan() -> dict:
