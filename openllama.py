@@ -94,7 +94,7 @@ class OpenLlamaConfig:
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False  # another name of shared_input_output_embedding
+    tie_word_embeddings: bool = False  # as in LLaMA: True shares the embedding, too
     use_memory_efficient_attention: bool = True
     hidden_dropout_prob: float = 0.1  # of what the MLP returns
     attention_dropout_prob: float = 0.1  # of the attention weights
@@ -103,7 +103,7 @@ class OpenLlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": at least 1}
     num_labels: int = 2  # of the classifier
-    id2label: dict[int, str] | None = None  # the names of the labels, which are then counted
+    id2label: dict[int, str] | None = None  # names of the labels; their count is num_labels
     problem_type: str | None = None  # of the classifier; None: the labels tell
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -374,17 +374,18 @@ def attention(
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """The same by a kernel of PyTorch's that keeps no weights. mask None: causal, where the queries
-    are of all S tokens, or of the last one alone."""
+    """The same by a kernel of PyTorch's that keeps no weights. mask None: causal attention, for
+    T = S queries, or for one query that is the last token's."""
     T = q.shape[1]
     S = k.shape[1]
-    if dropout_p > 0 and q.device.type == "cpu":  # no kernel for this; so compute weights twice
+    if dropout_p > 0 and q.device.type == "cpu":
+        # PyTorch's kernel for this keeps the weights; here they are computed again in the backward
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
         out, _ = checkpoint(attention, q, k, v, dropout_p, mask, use_reentrant=False)
         return out, None
     causal = mask is None
-    if T == 1:  # a single query sees all keys; is_causal would show it the first
+    if T == 1:  # a single query sees all keys; is_causal would let it see the first one only
         causal = False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)
@@ -560,10 +561,12 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
         self.recompute = False  # layers in training
-        self.embed_tokens = nn.Embedding.from_pretrained(  # as nn.Embedding would draw it, too
-            torch.empty(config.vocab_size, config.hidden_size),
-            freeze=False,
-            padding_idx=config.pad_token_id,
+        self.embed_tokens = (
+            nn.Embedding.from_pretrained(  # which leaves the drawing to init_weights
+                torch.empty(config.vocab_size, config.hidden_size),
+                freeze=False,
+                padding_idx=config.pad_token_id,
+            )
         )
         self.embed_layer_norm = nn.Identity()
         if config.use_stable_embedding:
@@ -596,7 +599,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
     def run_layer(
         self, layer: nn.Module, x: Tensor, shared: Shared
     ) -> tuple[Tensor, Tensor | None]:
-        if self.recompute and self.training and shared.cache is None:  # or it would grow twice
+        if self.recompute and self.training and shared.cache is None:  # which would grow twice
             return checkpoint(layer, x, shared, use_reentrant=False)
         return layer(x, shared)
 
@@ -864,7 +867,7 @@ class Tokens:
     """The S tokens that one forward sees, in the cache and new, and which of them are new."""
 
     new: Tensor  # (T,): the indices of the new tokens among all S
-    positions: Tensor  # (B|1, T): where each new token stands in its document, or was told to
+    positions: Tensor  # (B|1, T): each new token's place in its document, or position_ids
     counted: Tensor  # (B|1, S): where each token stands in its document
     lengths: Tensor  # (B|1, S|1): how many tokens its document has so far
     documents: Tensor | None = None  # (B|1, S): its number, 0 for padding; None: all are 1
@@ -1005,7 +1008,8 @@ class KVCache:
             return buffers[layer]
         if buffers[layer].shape[2] < S:  # it is doubled, so that little is copied
             B, H, _, D = x.shape
-            with torch.inference_mode(False):  # or it could be written to in inference mode alone
+            # what is made in inference mode cannot be written to outside of it
+            with torch.inference_mode(False):
                 buffers[layer] = x.new_empty(B, H, 2 * S, D)
             buffers[layer][:, :, : past.shape[2]] = past
         buffers[layer][:, :, past.shape[2] : S] = x
@@ -1292,7 +1296,7 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict |
     try:
         new_config.write_text(config, encoding="utf-8")
         save_file(tensors, new_weights, metadata={"format": "pt"})
-        new_weights.chmod(new_config.stat().st_mode)  # save_file hides it from others
+        new_weights.chmod(new_config.stat().st_mode)  # save_file lets its owner alone read it
         (folder / "config.json").unlink(missing_ok=True)
         new_weights.replace(folder / WEIGHTS)
         new_config.replace(folder / "config.json")
@@ -1449,7 +1453,8 @@ def stream(
     if mask is None:
         mask = torch.ones_like(ids)
     expect(bool(mask.any(dim=1).all()), "empty prompt: attention_mask has a row of padding alone")
-    sharded = any(hasattr(x, "full_tensor") for x in model.parameters())
+    split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    sharded = split or hasattr(model, "unshard")  # which fully_shard adds
     # inference mode is faster, but what FSDP gathers under it could not be trained any more
     mode = torch.no_grad() if sharded else torch.inference_mode()
     steps = mode(stream_tokens)(model, ids, mask.expand(B, T), sampling, cache, sharded)
@@ -1597,9 +1602,7 @@ class FixedKVCache(KVCache):
     def __init__(self, cache: KVCache, length: int):
         """length: how many tokens the cache has."""
         super().__init__()
-        self.capacity = max(
-            64, 2 ** length.bit_length()
-        )  # few sizes, for each records a CUDA graph
+        self.capacity = max(64, 2 ** length.bit_length())  # of few sizes: each records a CUDA graph
         rest = self.capacity - length
         self.keys = [F.pad(key[:, :, :length], (0, 0, 0, rest)) for key in cache.keys]
         self.values = [F.pad(value[:, :, :length], (0, 0, 0, rest)) for value in cache.values]
@@ -1798,7 +1801,7 @@ def template_chat(template: str, tokens: dict[str, str]) -> Callable[[list[dict]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
-    # the tag for what is trained on changes nothing in the text
+    # transformers' generation tag marks what is trained on, and changes nothing in the text
     template = re.sub(r"({%-?\s*)generation\b", r"\1if true", template)
     template = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", template)
     given = {"add_generation_prompt": True, "tools": None, "documents": None} | tokens
@@ -1843,7 +1846,7 @@ def whole_characters(decode: Callable, prompt: list[int], new: Iterable[int]) ->
         ids.append(token)
         text = decode(ids)
         is_whole = len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}")
-        if is_whole or len(ids) > whole + 16:  # so many are no character, and never will be
+        if is_whole or len(ids) > whole + 16:  # so many ids will never be a character
             yield text[shown:]
             ids = ids[whole:]
             whole = len(ids)
@@ -1884,7 +1887,7 @@ def learn_by_heart(model: OpenLlamaForCausalLM, text: str, steps: int = 400) -> 
     for step in range(steps):
         B = 4
         T = 160
-        if step % 4 == 0:  # or attention to all of it would never be trained
+        if step % 4 == 0:  # the whole text, as attention has to reach over all of it
             B = 1
             T = len(data)
         starts = begins[torch.randint(len(begins), (B, 1))]
@@ -2001,7 +2004,7 @@ def hold_chat(
     dropped = False
     for question in questions:
         turns.append({"role": "user", "content": question})
-        # what a text begins with, write_turns writes, too
+        # special=False, as write_turns has written the special tokens
         ids = writer.tokenizer.encode(write_turns(turns), special=False)
         while len(ids) > room and len(turns) > kept + 1:
             if not dropped:

@@ -622,6 +622,21 @@ LABELS = {  # num_labels, problem_type, labels
 }
 
 
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_classifier_has_three_losses(kind):
+    num_labels, problem, labels = LABELS[kind]
+    model = tiny(CLASSIFIER, num_labels=num_labels, problem_type=problem)
+    out = model(*batch("left"), labels=labels)
+    x, y = (value.detach().double().numpy() for value in (out.logits, labels))
+    if "regression" in kind:
+        expected = ((x - y.reshape(x.shape)) ** 2).mean()
+    elif kind == "multi label":
+        expected = (np.log(1 + np.exp(x)) - x * y).mean()
+    else:
+        expected = (np.log(np.exp(x).sum(-1)) - x[[0, 1], y.astype(int)]).mean()
+    assert_close(out.loss, expected)
+
+
 @pytest.mark.parametrize("told", ("by mask", "by pad id", "embedded"))
 @pytest.mark.parametrize("kind", LABELS)
 def test_classification_equals_the_reference(hf, kind, told):
