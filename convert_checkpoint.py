@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Turn a checkpoint of Open-Llama or LLaMA into one that openllama.py and transformers 4.31 load.
-
-Or the other way, with --to llama: into a LLaMA, which runs wherever LLaMA does.
+"""Turn a checkpoint of Open-Llama or LLaMA into one that openllama.py and transformers 4.31 load;
+or, with --to llama, into a LLaMA, which runs wherever LLaMA does.
 
 First a plan is made from config.json and the headers of the files, and checked whole: which tensor
 of the source each tensor of the result comes from, and its type. Then the files of the result are
@@ -23,10 +22,12 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
+from pickle import UnpicklingError
+from struct import error as StructError
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,7 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COPIED = (*TOKENIZERS, *SETTINGS, "chat_template.jinja")
 
-# Keys of config.json that are no settings of an Open-Llama, but read all the same, or without
-# effect. That others are passed over is told.
+# Keys of config.json that are read, or without effect; that others are passed over is told.
 UNTOLD = {
     *("num_key_value_heads", "head_dim", "attention_dropout", "rope_parameters", "label2id"),
     *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version"),
@@ -101,6 +101,11 @@ def find_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no model.safetensors, pytorch_model.bin, or index")
 
 
+# what damaged bytes have led safetensors and torch.load to
+BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+BROKEN_FILE += (AssertionError, EOFError, SafetensorError, UnpicklingError, StructError)
+
+
 def map_file(path: Path) -> dict[str, Tensor]:
     """Give the tensors of a file by their names, mapped into memory rather than read."""
     with open(path, "rb") as begin:
@@ -111,7 +116,7 @@ def map_file(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in list(file.keys())}
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # damaged bytes lead the libraries to errors of any kind
+    except BROKEN_FILE as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     expected = f"{path} holds more than weights: expected a dict of plain tensors"
     expect(isinstance(tensors, dict), expected)
@@ -454,14 +459,13 @@ def write(shards: dict[str, list[Target]], values: dict, src: Path, dst: Path) -
     expect(not inside, f"{src} lies in {place}, which is cleared: rename that first")
     shutil.rmtree(place, ignore_errors=True)  # what a killed run has left
     place.mkdir()
-    try:
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, place, ignore_errors=True)
         write_files(shards, values, place)
         for name in COPIED:
             if (src / name).is_file():
                 shutil.copyfile(src / name, place / name)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        undo.pop_all()  # as it is whole
     expect(not os.path.lexists(dst), f"{dst} has come to be meanwhile; the result is in {place}")
     place.rename(dst)
 
