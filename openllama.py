@@ -129,7 +129,7 @@ class OpenLlamaConfig:
         is_naming = isinstance(names, dict) and all(str(key).isdecimal() for key in names)
         self.check("id2label", is_naming, "None, or names by number")
         if names:
-            self.id2label = {int(key): name for key, name in names.items()}  # JSON's keys are text
+            self.id2label = {int(key): str(name) for key, name in names.items()}
             self.num_labels = len(names)
 
     def check(self, name: str, fits: bool, expected: str) -> None:
