@@ -1897,8 +1897,10 @@ def learn_by_heart(model: OpenLlamaForCausalLM, text: str, steps: int = 400) -> 
         optimizer.param_groups[0]["lr"] = 4e-3 * warmup * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"\rtraining the demo: {step / steps:.0%}", end="", file=sys.stderr, flush=True)
-    print("\rtraining the demo: done", file=sys.stderr)
+        if (step + 1) % 20 == 0:
+            share = (step + 1) / steps
+            print(f"\rtraining the demo: {share:.0%}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
 
 
 # the command line has an option for each number in this
