@@ -1306,7 +1306,7 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict |
         new_weights.unlink(missing_ok=True)
         new_config.unlink(missing_ok=True)
     if (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX)["weight_map"].values()
+        shards = set(read_json(folder / INDEX).get("weight_map", {}).values()) - {WEIGHTS}
         for path in folder.glob("*.safetensors"):
             if path.name in shards:
                 path.unlink()

@@ -977,6 +977,15 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     assert any(int(begin, 16) <= weight.data_ptr() < int(end, 16) for begin, end in areas)
 
 
+@pytest.mark.parametrize("index", [{"weight_map": {"model.norm.weight": WEIGHTS}}, {}])
+def test_a_save_keeps_its_own_file_whatever_an_old_index_lists(tmp_path, index):
+    write_json(tmp_path / INDEX, index)
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert_equal_models(OpenLlamaForCausalLM.from_pretrained(tmp_path), model)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS}
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path):
     tiny(seed=1, rms_norm_eps=1e-3).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
