@@ -10,9 +10,9 @@ Open-Llama (s-JoL, 2023) is LLaMA (https://arxiv.org/abs/2302.13971) with three 
 3. Memory-efficient attention (https://arxiv.org/abs/2112.05682), which does not keep its T x S
    weights: by xformers on a GPU in half precision, elsewhere by PyTorch.
 
-It also has dropout in the attention and after the MLP. Results are those of transformers 4.31, the
-last version to have this model, without its faults in padding, dynamic scaling and dropout, which
-the README lists. Python 3.10 or newer is needed, and a recent torch (tried: 2.11 and 2.13).
+It also has dropout of attention weights and after the MLP. Results equal those of transformers
+4.31, the last version to support this model, to rounding, but for its faults in padding, dynamic
+scaling and dropout, which are mended. Tried with torch 2.11 and 2.13.
 
 Part one, the model, runs alone.    Part two is for using it.
   1 Configuration                     9 Checkpoints
@@ -24,38 +24,34 @@ Part one, the model, runs alone.    Part two is for using it.
   7 Key-value cache, output
   8 Memory-efficient attention
 
-Shapes are written in these letters; "B|1" means B, or 1 where all rows agree.
+Shapes are written in these letters; "B|1" means B, or 1 if one row serves all.
 
   B  batch: rows                    H  attention heads
   T  new tokens of a row            D  head size
-  S  visible tokens of a row,       C  hidden size, H * D
+  S  all tokens of a row,           C  hidden size, H * D
      cached and new                 V  vocabulary
 
 This file leaves out: grouped-query attention, biases, other rotary scalings, beam search, saving
-in shards, generation_config.json and other spellings of settings (see convert_checkpoint.py);
-downloads, quantisation, adapters, sharding over processes (libraries do these, see the README).
+in shards, generation_config.json and other spellings of settings (see convert_checkpoint.py).
+Downloads, quantisation, adapters and sharding over processes are left to libraries.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import contextlib
-import io
 import itertools
 import json
 import math
 import os
 import re
-import statistics
+import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial, reduce
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -64,11 +60,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
-Folder = str | os.PathLike
+Ids = Tensor | list
+Number = int | float  # as 1 may stand for 1.0 in a config.json
 
 # =============================================================================================
 # Part one: the model
-# =============================================================================================
 
 
 # --- 1. Configuration ------------------------------------------------------------------------
@@ -80,84 +76,65 @@ class OpenLlamaConfig:
     ValueError names a setting that is impossible. For a setting of your own, subclass this as a
     dataclass, and name the subclass in your model's `config_class`."""
 
-    model_type: ClassVar[str] = "open-llama"
+    model_type = "open-llama"  # not a setting
     vocab_size: int = 100000
     hidden_size: int = 4096
     intermediate_size: int = 11008  # of the MLP
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    hidden_act: str | Callable[[Tensor], Tensor] = "silu"  # a name in ACTIVATIONS, or a function
+    hidden_act: str | Callable = "silu"  # a name in ACTIVATIONS, or a function
     max_position_embeddings: int = 2048  # the length that the model is trained for
-    initializer_range: float = 0.02  # standard deviation of fresh weights
-    rms_norm_eps: float = 1e-6
+    initializer_range: Number = 0.02  # standard deviation of fresh weights
+    rms_norm_eps: Number = 1e-6
     use_cache: bool = True  # outside of training
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False  # as in LLaMA: True shares the embedding, too
+    eos_token_id: int | list | None = 2
+    tie_word_embeddings: bool = False  # LLaMA's name for shared_input_output_embedding
     use_memory_efficient_attention: bool = True
-    hidden_dropout_prob: float = 0.1  # of what the MLP returns
-    attention_dropout_prob: float = 0.1  # of the attention weights
+    hidden_dropout_prob: Number = 0.1  # of what the MLP returns
+    attention_dropout_prob: Number = 0.1  # of the attention weights
     use_stable_embedding: bool = True
     shared_input_output_embedding: bool = True
-    rope_theta: float = 10000.0
+    rope_theta: Number = 10000.0
     rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": at least 1}
     num_labels: int = 2  # of the classifier
-    id2label: dict[int, str] | None = None  # names of the labels; their count is num_labels
+    id2label: dict | None = None  # names of the labels, by number; their count is num_labels
     problem_type: str | None = None  # of the classifier; None: the labels tell
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True  # False: models return tuples
 
     def __post_init__(self):
-        for setting in fields(OpenLlamaConfig):
-            kind = type(setting.default)
-            if kind is bool:
-                is_bool = type(getattr(self, setting.name)) is bool
-                self.check(setting.name, is_bool, "True or False")
-            elif kind in (int, float):
-                self.check_number(setting.name, kind)
-        even = 2 * self.num_attention_heads
+        for name, kind in get_type_hints(OpenLlamaConfig).items():
+            value = getattr(self, name)
+            self.check(name, isinstance(value, kind), getattr(kind, "__name__", str(kind)))
+            if kind is int:  # these are sizes; ids may be None, so their kind is int | None
+                self.check(name, value > 0, "above 0")
+        for name in ("hidden_dropout_prob", "attention_dropout_prob"):
+            self.check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        even = 2 * self.num_attention_heads  # as rotary embedding turns pairs
         self.check("hidden_size", self.hidden_size % even == 0, f"a multiple of 2 x heads, {even}")
         is_pad = self.pad_token_id is None or self.pad_token_id in range(self.vocab_size)
         self.check("pad_token_id", is_pad, f"an id below vocab_size={self.vocab_size}")
-        is_act = callable(self.hidden_act) or self.hidden_act in list(ACTIVATIONS)
+        is_act = callable(self.hidden_act) or self.hidden_act in ACTIVATIONS
         self.check("hidden_act", is_act, f"a function, or one of {list(ACTIVATIONS)}")
         self.check("problem_type", self.problem_type in PROBLEM_TYPES, f"one of {PROBLEM_TYPES}")
         self.check_rope_scaling()
-        names = self.id2label or {}
-        is_naming = isinstance(names, dict) and all(str(key).isdecimal() for key in names)
-        self.check("id2label", is_naming, "None, or names by number")
-        if names:
-            self.id2label = {int(key): str(name) for key, name in names.items()}
-            self.num_labels = len(names)
+        if self.id2label:
+            self.id2label = {int(number): name for number, name in self.id2label.items()}
+            self.num_labels = len(self.id2label)
 
     def check(self, name: str, fits: bool, expected: str) -> None:
         expect(fits, f"{name}={getattr(self, name)!r}: expected {expected}")
 
-    def check_number(self, name: str, kind: type) -> None:
-        value = getattr(self, name)
-        is_number = type(value) in (int, kind)  # which a bool is not
-        if name.endswith("dropout_prob"):
-            self.check(name, is_number and 0 <= value < 1, "a number in [0, 1)")
-        elif name.endswith("_token_id"):
-            ids = value if isinstance(value, list) else [value]
-            are_ids = value is None or all(type(n) is int for n in ids)
-            self.check(name, are_ids, "None, an id, or ids")
-        else:
-            self.check(name, is_number and value > 0, f"{kind.__name__} above 0")
-
     def check_rope_scaling(self) -> None:
-        rope = self.rope_scaling
-        if rope is None:
-            return
-        is_known = isinstance(rope, dict) and rope.get("type") in list(SCALINGS)
-        self.check("rope_scaling", is_known, f"None, or a type of {list(SCALINGS)}")
-        needed = SCALINGS[rope["type"]].settings
-        numbers = [value for name, value in rope.items() if name != "type"]
-        fits = all(type(n) in (int, float) and n >= 1 for n in numbers)
-        fits = fits and rope.keys() == {"type", *needed}
-        self.check("rope_scaling", fits, f"besides the type {needed}, numbers from 1")
+        settings = dict(self.rope_scaling or {})
+        scaling = SCALINGS.get(settings.pop("type", None))
+        fits = scaling is not None and settings.keys() == {*scaling.settings}
+        fits = fits and all(isinstance(n, Number) and n >= 1 for n in settings.values())
+        expected = f"None, or a type of {list(SCALINGS)} with its settings, numbers from 1"
+        self.check("rope_scaling", fits, expected)
 
     @property
     def head_dim(self) -> int:
@@ -173,15 +150,10 @@ class OpenLlamaConfig:
         """Read the contents of a config.json. ValueError for settings that this model has not."""
         # transformers 4.31 and most checkpoints misspell use_memory_efficient_attention
         values = {key.replace("memorry", "memory"): value for key, value in values.items()}
-        rope = values.pop("rope_parameters", None)  # transformers 5 has all about RoPE in one
-        if isinstance(rope, dict):
-            values["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
-            if rope.get("rope_type", "default") != "default":
-                values["rope_scaling"] = {"type": rope["rope_type"], "factor": rope.get("factor")}
         own = {setting.name for setting in fields(cls)}
-        others = {key: value for key, value in values.items() if key not in own | LIBRARY_KEYS}
-        others = {key: value for key, value in others.items() if value}  # null, false, or empty
-        expect(not others, f"Open-Llama does not have the settings {others}")
+        foreign = values.keys() - own - LIBRARY_KEYS
+        wanted = {key: values[key] for key in foreign if values[key]}  # null and false are harmless
+        expect(not wanted, f"Open-Llama does not have the settings {wanted}")
         return cls(**{key: value for key, value in values.items() if key in own})
 
     def to_dict(self) -> dict:
@@ -193,30 +165,25 @@ class OpenLlamaConfig:
         return json.dumps(self.to_dict() | more, indent=2) + "\n"
 
     @classmethod
-    def from_pretrained(cls, folder: Folder) -> OpenLlamaConfig:
+    def from_pretrained(cls, folder: str | Path) -> OpenLlamaConfig:
         """Read a folder's config.json. OSError where there is none, ValueError if it is broken."""
         return cls.from_dict(read_config(Path(folder)))
 
-    def save_pretrained(self, folder: Folder) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
 
 ACTIVATIONS = {
     "silu": F.silu,
-    "swish": F.silu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
-    "tanh": F.tanh,
-    "sigmoid": F.sigmoid,
 }
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-LIBRARY_KEYS = {  # what transformers writes into config.json about itself
-    *("_name_or_path", "architectures", "auto_map", "dtype", "label2id", "model_type"),
-    *("tokenizer_class", "torch_dtype", "transformers_version"),
-}
+# what transformers writes into config.json about itself
+LIBRARY_KEYS = {"_name_or_path", "architectures", "auto_map", "dtype", "label2id", "model_type"}
+LIBRARY_KEYS |= {"tokenizer_class", "torch_dtype", "transformers_version"}
 
 
 def expect(fits: bool, message: str) -> None:
@@ -230,7 +197,7 @@ def expect(fits: bool, message: str) -> None:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x**2) + eps) * weight (https://arxiv.org/abs/1910.07467).
 
-    PyTorch computes it in float32, and rounds the result. (transformers 4.31 rounds the quotient.)
+    PyTorch computes it in float32, and rounds once. (transformers 4.31 rounds the quotient, too.)
     """
 
 
@@ -238,7 +205,7 @@ class RotaryEmbedding:
     """Turns queries and keys, so that their products depend on how far apart the tokens are.
 
     RoPE (https://arxiv.org/abs/2104.09864) turns the pair n of a head, n < D/2, by the angle
-    position * base ** (-2n / D). Each forward makes one of these. A scaling is a subclass.
+    position * base ** (-2n / D). Each forward makes such an object. A scaling is a subclass.
     """
 
     settings: tuple[str, ...] = ()  # what config.rope_scaling holds besides the type
@@ -246,7 +213,7 @@ class RotaryEmbedding:
     def __init__(self, config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype):
         """dtype: that of the queries and keys."""
         frequencies = self.frequencies(config, tokens)
-        self.cos, self.sin = cos_and_sin(tokens.positions, frequencies, dtype)  # (B|1, T, 1, D)
+        self.cos, self.sin = cos_sin(tokens.positions, frequencies, dtype)  # (B|1, T, 1, D)
 
     def base(self, config: OpenLlamaConfig, tokens: Tokens) -> float | Tensor:
         return config.rope_theta
@@ -260,11 +227,11 @@ class RotaryEmbedding:
     def rotate_queries(self, q: Tensor) -> Tensor:
         return apply_rotary(q, self.cos, self.sin)
 
-    def rotate_new_keys(self, k: Tensor) -> Tensor:  # before they go into the cache
+    def rotate_new_keys(self, k: Tensor) -> Tensor:
         return apply_rotary(k, self.cos, self.sin)
 
-    def rotate_all_keys(self, k: Tensor) -> Tensor:  # when they come out of it
-        return k
+    def rotate_all_keys(self, k: Tensor) -> Tensor:
+        return k  # in DynamicNTKScaling they are turned after the cache, and not before it
 
 
 class LinearScaling(RotaryEmbedding):
@@ -277,7 +244,7 @@ class LinearScaling(RotaryEmbedding):
 
 
 class DynamicNTKScaling(RotaryEmbedding):
-    """The base grows with the text (https://arxiv.org/abs/2309.00071).
+    """The base grows with the text (https://arxiv.org/abs/2309.00071, "NTK-aware").
 
     As it grows, the angles of earlier tokens change too. So the cache holds keys that are not
     rotated yet, and all keys of a document are rotated by the same base whenever they are used.
@@ -289,7 +256,7 @@ class DynamicNTKScaling(RotaryEmbedding):
 
     def __init__(self, config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype):
         frequencies = self.frequencies(config, tokens)  # (B|1, S|1, D/2)
-        self.all_cos, self.all_sin = cos_and_sin(tokens.counted, frequencies, dtype)
+        self.all_cos, self.all_sin = cos_sin(tokens.counted, frequencies, dtype)
         self.cos = self.all_cos[:, tokens.new]
         self.sin = self.all_sin[:, tokens.new]
 
@@ -308,20 +275,11 @@ class DynamicNTKScaling(RotaryEmbedding):
         return apply_rotary(k, self.all_cos, self.all_sin)
 
 
-SCALINGS = {"linear": LinearScaling, "dynamic": DynamicNTKScaling}  # by rope_scaling["type"]
+# by rope_scaling["type"]
+SCALINGS = {None: RotaryEmbedding, "linear": LinearScaling, "dynamic": DynamicNTKScaling}
 
 
-def rotary_embedding(
-    config: OpenLlamaConfig, tokens: Tokens, dtype: torch.dtype
-) -> RotaryEmbedding:
-    if config.rope_scaling is None:
-        return RotaryEmbedding(config, tokens, dtype)
-    return SCALINGS[config.rope_scaling["type"]](config, tokens, dtype)
-
-
-def cos_and_sin(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `apply_rotary` takes, each (B|1, T, 1, D), for positions (B|1, T) and frequencies
     (D/2,), or (B|1, T|1, D/2) where tokens differ in them. All is float32 until the end."""
     angles = positions.float()[..., None] * frequencies  # (B|1, T, D/2)
@@ -334,7 +292,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) of x, a from its first half and b from its second, by its angle: a
     becomes a cos - b sin, and b becomes b cos + a sin. The minus is that of the sine's first half.
 
-    The pairs of this head are (1, 3), which makes a quarter turn, and (2, 4), which makes none:
+    The head (1, 2, 3, 4) has the pairs (1, 3), here turned by 90 degrees, and (2, 4), not turned:
 
     >>> cos, sin = torch.tensor([0, 1, 0, 1]), torch.tensor([-1, 0, 1, 0])
     >>> apply_rotary(torch.tensor([1, 2, 3, 4]), cos, sin)
@@ -356,9 +314,7 @@ class Shared:
     cache: KVCache | None
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor) -> tuple:
     """softmax(q k' / sqrt(D)) v, as in the textbook: (B, T, H, D), and its weights (B, H, T, S).
 
     q (B, T, H, D); k, v (B, S, H, D); mask (B|1, 1, T, S): True where a query sees a key.
@@ -374,25 +330,17 @@ def attention(
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """The same by a kernel of PyTorch's that keeps no weights. mask None: causal attention, for
-    T = S queries, or for one query that is the last token's."""
-    T = q.shape[1]
-    S = k.shape[1]
-    if dropout_p > 0 and q.device.type == "cpu":
-        # PyTorch's kernel for this keeps the weights; here they are computed again in the backward
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        out, _ = checkpoint(attention, q, k, v, dropout_p, mask, use_reentrant=False)
-        return out, None
+    """The same by PyTorch's function, which keeps no weights (but for dropout on a CPU). mask None:
+    causal attention, of as many queries as keys, or of one query, which is the last token's."""
     causal = mask is None
-    if T == 1:  # a single query sees all keys; is_causal would let it see the first one only
+    if q.shape[1] == 1:  # one query sees all keys; is_causal would show it nothing but the first
         causal = False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal)
     return out.transpose(1, 2), None
 
 
-linear = F.linear  # section 11 replaces it by one that is faster for a single token on a CPU
+linear = F.linear  # section 11 sets a function in its place that is faster on some CPUs
 
 
 class Linear(nn.Linear):
@@ -465,9 +413,8 @@ class OpenLlamaPreTrainedModel(nn.Module):
     """What the models share: fresh weights, and ways in and out of files (section 9)."""
 
     config_class = OpenLlamaConfig
-    accepts_loss_kwargs = False  # tells transformers' Trainer of num_items_in_batch
-    may_lack: tuple[str, ...] = ()  # modules that a checkpoint may lack: a head, to be trained
-    ignores: tuple[str, ...] = ()  # modules that it may hold besides: the heads of other models
+    accepts_loss_kwargs = False  # transformers' Trainer asks whether forward has num_items_in_batch
+    ignores: tuple[str, ...] = ()  # modules of other models, which loading passes over
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__()
@@ -490,32 +437,16 @@ class OpenLlamaPreTrainedModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, folder: Folder, **how: object) -> OpenLlamaPreTrainedModel:
-        """Read a folder's config.json and weights: see `load_model`."""
+    def from_pretrained(cls, folder: str | Path, **how: object) -> OpenLlamaPreTrainedModel:
+        """Read a folder's config.json and weights: see `load_model`, also for dtype and device."""
         return load_model(cls, Path(folder), **how)
 
-    def save_pretrained(self, folder: Folder, state_dict: dict | None = None) -> None:
-        """Write config.json and model.safetensors: see `save_model`."""
-        save_model(self, Path(folder), state_dict)
-
-    def resize_token_embeddings(self, size: int) -> nn.Embedding:
-        """Cut the vocabulary to `size`, or extend it by freshly initialised rows; in place."""
-        config = replace(self.config, vocab_size=size)  # ValueError for an impossible size
-        self.config.vocab_size = config.vocab_size
-        embedding = self.get_input_embeddings()
-        head = self.get_output_embeddings() or embedding
-        for module in dict.fromkeys((embedding, head)):  # which may be one
-            old = module.weight
-            module.weight = nn.Parameter(old.new_empty(size, old.shape[1]), old.requires_grad)
-            self.init_weights(module)
-            module.weight.data[: len(old)] = old.data[:size]
-            size_name = "out_features" if isinstance(module, nn.Linear) else "num_embeddings"
-            setattr(module, size_name, size)
-        return embedding
+    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+        """Write config.json and model.safetensors. state_dict: gathered, of a sharded model."""
+        save_model(self, Path(folder), self.state_dict() if state_dict is None else state_dict)
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
-        """In training, recompute each layer in the backward, for less memory. The arguments that
-        transformers' Trainer gives have no effect."""
+        """In training, recompute each layer in the backward. Trainer's arguments have no effect."""
         self.decoder.recompute = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -528,9 +459,6 @@ class OpenLlamaPreTrainedModel(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The module whose weight is the output matrix; None where there are no logits."""
-
     @property
     def device(self) -> torch.device:
         return self.get_input_embeddings().weight.device
@@ -539,18 +467,9 @@ class OpenLlamaPreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.get_input_embeddings().weight.dtype
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        parameters = set(self.parameters())
-        if exclude_embeddings:
-            parameters.discard(self.get_input_embeddings().weight)
-        return sum(x.numel() for x in parameters if x.requires_grad or not only_trainable)
-
     def setting(self, name: str, given: bool | None) -> bool:
         """An argument of forward, or the config's where it is None."""
         return getattr(self.config, name) if given is None else given
-
-    def in_form(self, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
-        return out if self.setting("return_dict", return_dict) else out.to_tuple()
 
 
 class OpenLlamaModel(OpenLlamaPreTrainedModel):
@@ -560,46 +479,38 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
-        self.recompute = False  # layers in training
-        self.embed_tokens = (
-            nn.Embedding.from_pretrained(  # which leaves the drawing to init_weights
-                torch.empty(config.vocab_size, config.hidden_size),
-                freeze=False,
-                padding_idx=config.pad_token_id,
-            )
-        )
-        self.embed_layer_norm = nn.Identity()
-        if config.use_stable_embedding:
-            self.embed_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.recompute = False  # whether training computes each layer again in the backward
+        size = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*size, padding_idx=config.pad_token_id)
+        norm = nn.LayerNorm(config.hidden_size) if config.use_stable_embedding else nn.Identity()
+        self.embed_layer_norm = norm
         layers = (OpenLlamaDecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.apply(self.init_weights)
 
-    def choose_attention(self, x: Tensor, tokens: Tokens, eager: bool) -> Callable:
+    def choose_attention(self, tokens: Tokens, dtype: torch.dtype, eager: bool) -> Callable:
         """What attends in all layers of one forward: attend(q, k, v, dropout_p) returns (B, T, H,
-        D), and the weights (B, H, T, S), or None if not eager. It is xformers' in half precision on
-        CUDA, if that has a kernel, but not for padding together with a cache, nor while compiling.
-        A subclass may override this."""
-        if eager:
-            return masked_attention(visible_keys(tokens), eager)
-        T = x.shape[1]
-        S = tokens.counted.shape[1]
-        plain = tokens.documents is None  # one document, without padding
-        dtype = type_of_queries(x)
-        half = x.is_cuda and dtype in (torch.float16, torch.bfloat16)
-        if half and (plain or T == S) and not torch.compiler.is_compiling():
-            kernel = xformers_kernel(self.config.head_dim, dtype, x.device)
-            if kernel is not None:
-                return xformers_attention(kernel, tokens.documents, len(x))
-        if plain and T in (1, S):
-            return fused_attention
-        return masked_attention(visible_keys(tokens), eager)
+        D), and the weights (B, H, T, S), or None if not eager. A subclass may override this.
 
-    def run_layer(
-        self, layer: nn.Module, x: Tensor, shared: Shared
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.recompute and self.training and shared.cache is None:  # which would grow twice
+        xformers attends in half precision on CUDA, if it has a kernel, nothing is cached, and this
+        is not being compiled; else PyTorch does. dtype: of q, k and v."""
+        T = tokens.new.shape[0]
+        S = tokens.counted.shape[1]
+        if eager:
+            return partial(attention, mask=visible_keys(tokens))
+        one_document = tokens.documents is None
+        half = tokens.new.is_cuda and dtype in (torch.float16, torch.bfloat16)
+        if half and T == S and not torch.compiler.is_compiling():
+            kernel = xformers_kernel(self.config.head_dim, dtype, tokens.new.device)
+            if kernel is not None:
+                return xformers_attention(kernel, tokens.documents)
+        if one_document and T in (1, S):
+            return fused_attention
+        return partial(fused_attention, mask=visible_keys(tokens))
+
+    def run_layer(self, layer: nn.Module, x: Tensor, shared: Shared) -> tuple:
+        if self.recompute and self.training and shared.cache is None:  # a cache would grow twice
             return checkpoint(layer, x, shared, use_reentrant=False)
         return layer(x, shared)
 
@@ -624,8 +535,8 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
           0, and neither attention_mask nor past_key_values is given, another document begins.
         past_key_values: a KVCache, which is extended in place; or a (key, value) for each layer,
           each (B, H, S - T, D), which is left as it is.
-        use_cache: return the cache; None: as config.use_cache says, but never in training.
-        The others: as the config says, where None.
+        use_cache: whether to return the cache; None: config.use_cache, and False in training.
+        output_attentions, output_hidden_states, return_dict: None: as the config says.
         """
         expect((input_ids is None) != (inputs_embeds is None), "expected ids, or inputs_embeds")
         output_attentions = self.setting("output_attentions", output_attentions)
@@ -637,13 +548,16 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         x = inputs_embeds  # (B, T, C)
         if x is None:
             x = self.embed_layer_norm(self.embed_tokens(input_ids))
-        documents = number_documents(attention_mask, position_ids, past_key_values)
+        # the type of queries, x's own or autocast's, is that of any product of x
+        dtype = torch.mm(x.new_empty(0, 1), x.new_empty(1, 0)).dtype
         cache = as_cache(past_key_values)
-        tokens = locate_tokens(x, documents, position_ids, cache)
+        documents = number_documents(attention_mask, position_ids, bool(past_key_values))
+        tokens = locate(x, documents, position_ids, cache)
+        scaling = self.config.rope_scaling or {"type": None}
         eager = output_attentions or not self.config.use_memory_efficient_attention
         shared = Shared(
-            rotary=rotary_embedding(self.config, tokens, dtype=type_of_queries(x)),
-            attend=self.choose_attention(x, tokens, eager),
+            rotary=SCALINGS[scaling["type"]](self.config, tokens, dtype),
+            attend=self.choose_attention(tokens, dtype, eager),
             cache=cache if use_cache or past_key_values is not None else None,
         )
 
@@ -657,46 +571,36 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
                 attentions.append(weights)
         x = self.norm(x)
 
-        out = ModelOutput(last_hidden_state=x)
-        if use_cache:
-            out["past_key_values"] = cache
-        if output_hidden_states:
-            out["hidden_states"] = (*hidden_states, x)
-        if output_attentions:
-            out["attentions"] = tuple(attentions)
-        return self.in_form(out, return_dict)
+        out = ModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
 
 
 # --- 5. Language model, classifier -----------------------------------------------------------
 
 
-class OpenLlamaWithHead(OpenLlamaPreTrainedModel):
-    """The decoder, for a head to be put on it."""
+class OpenLlamaForCausalLM(OpenLlamaPreTrainedModel):
+    """The language model. Its output matrix is the embedding, or that of `lm_head`."""
+
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"  # tells transformers' Trainer that forward shifts the labels
+    generation_config = prepare_inputs_for_generation = None  # PEFT reads them, and calls neither
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
         self.model = OpenLlamaModel(config)
-
-
-class OpenLlamaForCausalLM(OpenLlamaWithHead):
-    """The language model. Its output matrix is the embedding, or that of `lm_head`."""
-
-    accepts_loss_kwargs = True
-    loss_type = "ForCausalLM"  # tells Trainer that labels are shifted
-    generation_config = None  # PEFT looks for this, and for prepare_inputs_for_generation
-
-    def __init__(self, config: OpenLlamaConfig):
-        super().__init__(config)
         if config.has_own_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             self.init_weights(self.lm_head)
         elif config.tie_word_embeddings:
-            self.ignores = ("lm_head",)  # which some checkpoints hold beside the embedding
+            self.ignores = ("lm_head",)  # some checkpoints hold the tied matrix twice
 
     def get_output_embeddings(self) -> nn.Module:
-        if self.config.has_own_head:
-            return self.lm_head
-        return self.model.embed_tokens
+        return self.lm_head if self.config.has_own_head else self.model.embed_tokens
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., V)."""
@@ -704,8 +608,14 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             return self.lm_head(hidden)  # called as a module, so that hooks and adapters act
         return linear(hidden, self.model.embed_tokens.weight)
 
-    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return summed_loss(self.compute_logits(hidden), targets)
+    def loss_in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`summed_loss`, 2,048 tokens at a time. The backward computes their logits once more."""
+
+        def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
+            return summed_loss(self.compute_logits(hidden), targets)
+
+        chunks = zip(hidden.flatten(0, 1).split(2048), targets.flatten().split(2048), strict=True)
+        return sum(checkpoint(loss_of, h, y, use_reentrant=False) for h, y in chunks)
 
     def forward(
         self,
@@ -725,15 +635,15 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
         labels: (B, T), as a rule the input_ids; -100 for those that are not to be predicted. The
           loss is the mean cross-entropy, in float32, of the tokens that follow one of their own
           document: not of padding, nor of the first token of a document.
-        logits_to_keep: 0: all; n: the last n tokens'; a tensor: those at these places, (K,) or
-          (B, K); None: none. If not all are kept, they are never all in memory for the loss either.
-        num_items_in_batch: the loss is the sum divided by this, if given, in place of the mean.
+        logits_to_keep: 0: all; n: those of the last n tokens; a tensor: at these places, (K,) or
+          (B, K); None: none. Unless 0, memory never holds all logits for the loss, either.
+        num_items_in_batch: if given, the loss is the sum divided by this, in place of the mean.
         """
-        documents = number_documents(attention_mask, position_ids, past_key_values)
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        # the numbers of documents are a mask that the decoder reads as they are
+        documents = number_documents(attention_mask, position_ids, bool(past_key_values))
+        inputs = (input_ids, documents, position_ids, past_key_values, inputs_embeds)
         out = self.model(*inputs, **wanted, return_dict=True)
         hidden = out.pop("last_hidden_state")
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         logits = None
         if logits_to_keep is not None:
             logits = self.compute_logits(select_tokens(hidden, logits_to_keep))
@@ -742,17 +652,15 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
             shape = tuple(labels.shape)
             expect(shape == hidden.shape[:2], f"labels of shape {shape}: expected (B, T)")
             targets = next_tokens(labels, documents)
-            if keeps_all:
+            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
                 loss = summed_loss(logits, targets)
-            else:  # 2,048 tokens at a time, whose logits are computed again in the backward
-                pieces = (hidden.flatten(0, 1).split(2048), targets.flatten().split(2048))
-                chunks = zip(*pieces, strict=True)
-                losses = [checkpoint(self.loss_of, h, y, use_reentrant=False) for h, y in chunks]
-                loss = sum(losses)
+            else:
+                loss = self.loss_in_chunks(hidden, targets)
             if num_items_in_batch is None:
                 num_items_in_batch = targets.ne(-100).sum()
             loss = loss / num_items_in_batch
-        return self.in_form(ModelOutput(loss=loss, logits=logits, **out), return_dict)
+        out = ModelOutput(loss=loss, logits=logits, **out)
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
 
     def generate(self, *inputs: Tensor | list, **settings: object) -> Tensor:  # see section 10
         return generate(self, *inputs, **settings)
@@ -760,16 +668,13 @@ class OpenLlamaForCausalLM(OpenLlamaWithHead):
     def stream(self, *inputs: Tensor | list, **settings: object) -> Iterator[Tensor]:
         return stream(self, *inputs, **settings)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: object) -> dict:
-        return {"input_ids": input_ids, **inputs}
-
 
 def select_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
     """The last `keep` tokens of x (B, T, C), or all if 0; or those at the places (K,) or (B, K)."""
     if isinstance(keep, Tensor):
         rows = torch.arange(len(x), device=x.device)
         return x[rows[:, None], keep]
-    return x[:, -keep:]
+    return x[:, -keep:]  # -0 is 0, which begins with the first
 
 
 def next_tokens(labels: Tensor, documents: Tensor | None) -> Tensor:
@@ -791,14 +696,14 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
-class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
+class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
     """A classifier: `score` of the last real token of each row."""
 
-    may_lack = ("score",)
     ignores = ("lm_head",)
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
+        self.model = OpenLlamaModel(config)
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_weights(self.score)
 
@@ -806,35 +711,27 @@ class OpenLlamaForSequenceClassification(OpenLlamaWithHead):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[tuple[Tensor, Tensor]] | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
-        **wanted: bool | None,
+        **inputs: object,
     ) -> ModelOutput | tuple:
         """Logits (B, num_labels), and the loss if there are labels: (B,) classes, or (B,
-        num_labels) numbers, by config.problem_type. Other arguments: OpenLlamaModel's.
+        num_labels) numbers, by config.problem_type. Other arguments: OpenLlamaModel's, by name.
 
         attention_mask tells the last real token, else pad_token_id does, else it is the last.
         """
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out = self.model(*inputs, **wanted, return_dict=True)
+        out = self.model(input_ids, attention_mask, **inputs, return_dict=True)
         hidden = out.pop("last_hidden_state")
         B, T, _ = hidden.shape
-        pad = self.config.pad_token_id
+        real = torch.ones(B, T, device=hidden.device)
         if attention_mask is not None:
             real = attention_mask[:, -T:] != 0
-        elif pad is not None and input_ids is not None:
-            real = input_ids != pad
-        else:  # nothing tells where rows end; transformers, too, refuses several without a pad id
-            expect(B == 1 or pad is not None, f"{B} rows need an attention_mask, or a pad_token_id")
-            real = torch.ones(B, T, device=hidden.device)
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
         logits = self.score(select_tokens(hidden, last_true(real)[:, None])[:, 0])
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config)
-        return self.in_form(ModelOutput(loss=loss, logits=logits, **out), return_dict)
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        out = ModelOutput(loss=loss, logits=logits, **out)
+        return out if self.setting("return_dict", return_dict) else out.to_tuple()
 
 
 def last_true(flags: Tensor) -> Tensor:
@@ -853,8 +750,6 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig)
     logits = logits.float()
     if kind in (None, "single_label_classification"):
         return F.cross_entropy(logits, labels.flatten().long())
-    fits = labels.numel() == logits.numel()
-    expect(fits, f"labels are {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
     loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
     return loss(logits, labels.view_as(logits).float())
 
@@ -867,53 +762,49 @@ class Tokens:
     """The S tokens that one forward sees, in the cache and new, and which of them are new."""
 
     new: Tensor  # (T,): the indices of the new tokens among all S
-    positions: Tensor  # (B|1, T): each new token's place in its document, or position_ids
-    counted: Tensor  # (B|1, S): where each token stands in its document
-    lengths: Tensor  # (B|1, S|1): how many tokens its document has so far
-    documents: Tensor | None = None  # (B|1, S): its number, 0 for padding; None: all are 1
+    positions: Tensor  # (B|1, T): by which the new tokens are turned: position_ids, or as counted
+    counted: Tensor  # (B|1, S): each token's place in its document
+    lengths: Tensor  # (B|1, S|1): the length of each token's document so far
+    documents: Tensor | None = None  # (B|1, S): its number, 0 for padding; None: all are of one
 
 
-def number_documents(
-    attention_mask: Tensor | None, position_ids: Tensor | None, past: Sequence | None
-) -> Tensor | None:
-    """The number of each token's document, 0 for padding: (B, S) by the mask, or (B|1, T) by
-    positions that begin again at 0 if nothing is cached. None: all are of one."""
-    if attention_mask is not None:
-        return attention_mask.long()
-    if position_ids is None or past:
+def number_documents(mask: Tensor | None, positions: Tensor | None, cached: bool) -> Tensor | None:
+    """The number of each token's document, 0 for padding: (B, S) by the attention_mask, or (B|1, T)
+    by position_ids that begin again at 0 if nothing is cached. None: all are of one."""
+    if mask is not None:
+        return mask.long()
+    if positions is None or cached:
         return None
-    begins = (position_ids[:, 1:] == 0).long()
+    begins = (positions[:, 1:] == 0).long()
     return F.pad(begins, (1, 0), value=1).cumsum(dim=1)
 
 
-def locate_tokens(
-    x: Tensor, documents: Tensor | None, position_ids: Tensor | None, cache: KVCache
-) -> Tokens:
-    """Find out where the new tokens x (B, T, C) stand, behind those in the cache, and make room for
-    them there."""
+def locate(x: Tensor, documents: Tensor | None, positions: Tensor | None, cache: KVCache) -> Tokens:
+    """Enter the new tokens x (B, T, C) into the cache, and find out where they stand."""
     B, T, _ = x.shape
     S = cache.length + T
     if documents is not None:
         shape = tuple(documents.shape)
         expect(shape in ((B, S), (1, S)), f"mask or positions are {shape}: expected {(B, S)}")
+        documents = documents.expand(B, S)
+        # a tensor on meta or of a tracer (FakeTensor, DTensor) has no values to look at
         has_values = type(documents) is Tensor and not documents.is_meta
         if has_values and not torch.compiler.is_compiling() and bool(documents.eq(1).all()):
-            documents = None  # attention is faster without a mask
-            cache.documents = None
+            cache.documents = documents = None  # one document: attention is faster without a mask
     new, documents = cache.begin(x, documents)
     if documents is None:
         counted = torch.arange(S, device=x.device)[None]
         lengths = counted[:, -1:] + 1
     else:
         counted, lengths = count_tokens(documents)
-    if position_ids is None:
-        position_ids = counted[:, new]
-    return Tokens(new, position_ids, counted, lengths, documents)
+    if positions is None:
+        positions = counted[:, new]
+    return Tokens(new, positions, counted, lengths, documents)
 
 
 def count_tokens(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's position in its document, and how many tokens that has, both (B, S). What is
-    said of padding has no meaning. The numbers of documents ascend.
+    """Each token's position in its document, and the length of its document, both (B, S). At
+    padding the values mean nothing. The numbers of documents must ascend.
 
     The real tokens of this row are counted, 1 2 2 3 4. At the first token of each one's document
     the count is 1 1 1 3 3, and at its last token 2 2 2 4 4:
@@ -932,8 +823,8 @@ def count_tokens(documents: Tensor) -> tuple[Tensor, Tensor]:
 def visible_keys(tokens: Tokens) -> Tensor:
     """Which keys each new token sees, (B|1, 1, T, S): those of its document, up to itself.
 
-    Padding counts as a document, or it would see nothing, and a softmax of nothing is NaN. Here
-    are two new tokens after a cache of three, the first of which is padding:
+    Padding sees itself as a document: a softmax over no key would be NaN. Here are two new tokens
+    behind three cached ones, the first of which is padding:
 
     >>> documents = torch.tensor([[0, 1, 1, 1, 1]])
     >>> tokens = Tokens(torch.tensor([3, 4]), None, *count_tokens(documents), documents)
@@ -967,15 +858,15 @@ class KVCache:
         self.length = self.keys[0].shape[2] if self.keys else 0
         self.documents: Tensor | None = None  # (B|1, length): 0 for padding; None: all are of one
 
-    def __len__(self) -> int:
+    def __len__(self) -> int:  # of layers
         return len(self.keys)
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
     def begin(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Count the new tokens x (B, T, C) in. Returns their indices among all S, (T,), and the
-        documents of all, (B|1, S): those that are given, or else known."""
+        """Count the new tokens x (B, T, C). Returns the indices that they have among all S, (T,),
+        and the documents of all S, (B|1, S); these are known if documents is None."""
         T = x.shape[1]
         if documents is None:
             documents = self.extended_documents(T)
@@ -1003,21 +894,17 @@ class KVCache:
             buffers.append(x)
             return x
         past = buffers[layer][:, :, : S - x.shape[2]]
-        if torch.is_grad_enabled():  # what autograd has recorded may not be written to
+        if torch.is_grad_enabled():  # autograd needs what it has recorded unchanged
             buffers[layer] = torch.cat((past, x), dim=2)
             return buffers[layer]
-        if buffers[layer].shape[2] < S:  # it is doubled, so that little is copied
-            B, H, _, D = x.shape
-            # what is made in inference mode cannot be written to outside of it
-            with torch.inference_mode(False):
-                buffers[layer] = x.new_empty(B, H, 2 * S, D)
-            buffers[layer][:, :, : past.shape[2]] = past
+        if buffers[layer].shape[2] < S:  # make room for as many tokens again, to copy seldom
+            with torch.inference_mode(False):  # whose tensors can only be written to within it
+                buffers[layer] = F.pad(past, (0, 0, 0, S))
         buffers[layer][:, :, past.shape[2] : S] = x
         return buffers[layer][:, :, :S]
 
 
 def as_cache(past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
-    """The argument past_key_values as a cache, new or given."""
     return past if isinstance(past, KVCache) else KVCache(past or ())
 
 
@@ -1031,6 +918,7 @@ class ModelOutput(dict):
     past_key_values: KVCache | None
     hidden_states: tuple[Tensor, ...] | None  # each layer's input, and last_hidden_state
     attentions: tuple[Tensor, ...] | None  # the weights of each layer, (B, H, T, S)
+    __slots__ = ()  # out.loss = x is an error; out["loss"] = x sets it
 
     def __init__(self, *pairs: Iterable, **values: object):
         values = dict(*pairs, **values)
@@ -1046,43 +934,19 @@ class ModelOutput(dict):
             return super().__getitem__(key)
         return self.to_tuple()[key]
 
-    def __setattr__(self, name: str, value: object) -> None:
-        self[name] = value
-
     def to_tuple(self) -> tuple:
         return tuple(self.values())
 
 
-def flatten_output(out: ModelOutput) -> tuple[list, tuple[str, ...]]:
-    return list(out.values()), tuple(out)
-
-
-def unflatten_output(values: Iterable, names: Iterable[str]) -> ModelOutput:
-    out = ModelOutput()
-    out.update(zip(names, values, strict=True))
-    return out
-
-
 # so that DDP, FSDP, torch.export and others find the tensors in it
-register_pytree_node(ModelOutput, flatten_output, unflatten_output)
+register_pytree_node(
+    ModelOutput,
+    lambda out: (list(out.values()), list(out)),
+    lambda values, names: ModelOutput(zip(names, values, strict=True)),
+)
 
 
 # --- 8. Memory-efficient attention -----------------------------------------------------------
-
-
-def masked_attention(mask: Tensor, eager: bool) -> Callable:
-    """Attention, as `choose_attention` returns it, for a mask of your own, (B|1, 1, T, S)."""
-    if eager:
-        return partial(attention, mask=mask)
-    return partial(fused_attention, mask=mask)
-
-
-def type_of_queries(x: Tensor) -> torch.dtype:
-    """The type of the queries that are projected from x: x's own, unless autocast sets another."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 @lru_cache
@@ -1092,21 +956,19 @@ def xformers_kernel(D: int, dtype: torch.dtype, device: torch.device) -> Callabl
     try:
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # the trial has a backward, too
             q = torch.zeros(1, 8, 1, D, dtype=dtype, device=device, requires_grad=True)
             memory_efficient_attention(q, q, q, attn_bias=LowerTriangularMask()).sum().backward()
     except ModuleNotFoundError:
         return None
     except (ImportError, OSError, NotImplementedError, RuntimeError) as error:
-        told = f"xformers has no attention for heads of size {D} in {dtype}; PyTorch's is used."
-        hint = "The torch, or the libcudart, that this xformers was built for may help."
-        warnings.warn(f"{told} {hint} It says: {str(error):.300}", stacklevel=2)
+        warnings.warn(f"PyTorch's attention is used, as xformers fails: {error}", stacklevel=2)
         return None
     return memory_efficient_attention
 
 
-def xformers_attention(kernel: Callable, documents: Tensor | None, B: int) -> Callable:
-    """xformers' attention, of B rows of one document, or of documents (B|1, T).
+def xformers_attention(kernel: Callable, documents: Tensor | None) -> Callable:
+    """xformers' attention without a cache, of rows of one document, or of documents (B, T).
 
     Padding is packed away: rows of 3 and 2 tokens, padded to 4, become one row of 5 tokens, whose
     mask shows each of them its own document only.
@@ -1114,24 +976,18 @@ def xformers_attention(kernel: Callable, documents: Tensor | None, B: int) -> Ca
     from xformers.ops.fmha import attn_bias
 
     if documents is None:
-        causal = attn_bias.LowerTriangularFromBottomRightMask()  # the last query sees all keys
+        causal = attn_bias.LowerTriangularMask()
+        return lambda q, k, v, dropout_p: (kernel(q, k, v, attn_bias=causal, p=dropout_p), None)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, None]:
-            return kernel(q, k, v, attn_bias=causal, p=dropout_p), None
-
-        return attend
-
-    documents = documents.expand(B, -1)
     real = documents.flatten().nonzero().squeeze(1)  # the places of all real tokens in B * T
-    row = torch.arange(B, device=documents.device)[:, None]
-    apart = documents + row * (documents.max() + 1)  # numbers of different rows now differ
+    row = torch.arange(len(documents), device=documents.device)[:, None]
+    apart = documents + row * (documents.max() + 1)  # now no two rows have a number in common
     lengths = torch.unique_consecutive(apart.flatten()[real], return_counts=True)[1]
-    causal = attn_bias.BlockDiagonalCausalMask
-    blocks = causal.from_seqlens(lengths.tolist(), device=documents.device)
+    bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths.tolist(), device=documents.device)
 
     def attend_packed(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, None]:
         packed = (x.flatten(0, 1)[None, real] for x in (q, k, v))  # (1, real tokens, H, D)
-        out = kernel(*packed, attn_bias=blocks, p=dropout_p)
+        out = kernel(*packed, attn_bias=bias, p=dropout_p)
         unpacked = torch.zeros_like(q).flatten(0, 1).index_copy(0, real, out[0])
         return unpacked.view(q.shape), None
 
@@ -1140,7 +996,6 @@ def xformers_attention(kernel: Callable, documents: Tensor | None, B: int) -> Ca
 
 # =============================================================================================
 # The model ends here. Part two: using it
-# =============================================================================================
 
 
 # --- 9. Checkpoints --------------------------------------------------------------------------
@@ -1148,7 +1003,7 @@ def xformers_attention(kernel: Callable, documents: Tensor | None, B: int) -> Ca
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of shards
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-CONVERT = "python convert_checkpoint.py {} CONVERTED"
+CONVERT = "For LLaMA or pytorch_model.bin: python convert_checkpoint.py {} CONVERTED"
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
@@ -1168,13 +1023,13 @@ def read_json(path: Path, optional: bool = False) -> dict:
 
 def read_config(folder: Path) -> dict:
     """The contents of the config.json of an Open-Llama."""
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        download = f"hf download {folder} --local-dir {folder}, then {CONVERT.format(folder)}"
+    if not folder.exists():
+        download = f"hf download {folder} --local-dir {folder}"
         raise FileNotFoundError(f"no folder {folder}. If it is on the Hugging Face Hub: {download}")
     values = read_json(folder / "config.json")
     kind = values.get("model_type", "open-llama")
-    convert = f"For a LLaMA: {CONVERT.format(folder)}"
-    expect(kind in ("open-llama", "open_llama"), f"{folder} is no Open-Llama but {kind}. {convert}")
+    fits = kind in ("open-llama", "open_llama")
+    expect(fits, f"{folder} is no Open-Llama but {kind}. {CONVERT.format(folder)}")
     return values
 
 
@@ -1183,13 +1038,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = [WEIGHTS]
+    files = {WEIGHTS}
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = set(read_json(folder / INDEX).get("weight_map", {}).values())
     tensors = {}
     for file in files:
-        convert = f"For pytorch_model.bin: {CONVERT.format(folder)}"
-        expect((folder / file).is_file(), f"{folder} has no {file}. {convert}")
+        expect((folder / file).is_file(), f"{folder} has no {file}. {CONVERT.format(folder)}")
         try:
             tensors |= load_file(folder / file)
         except SafetensorError as error:
@@ -1198,18 +1052,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_model(
-    cls: type[OpenLlamaPreTrainedModel],
-    folder: Path,
-    dtype: torch.dtype | str | None = None,
-    device: str | torch.device | None = None,
-    torch_dtype: torch.dtype | str | None = None,
+    cls: type, folder: Path, dtype: torch.dtype | str | None = None, device: str = "cpu"
 ) -> OpenLlamaPreTrainedModel:
     """Load config.json and model.safetensors, or shards, in evaluation mode. ValueError for what
-    does not fit.
-
-    dtype: None or "auto" is the one that holds all weights, as a rule their own; torch_dtype is its
-    name in transformers 4. device: None is the CPU, where weights are mapped from the file.
-    """
+    does not fit. dtype: of all weights, as torch.float16 or "float16"; None: the widest that some
+    are stored in. On the CPU weights are mapped from the file."""
     config = cls.config_class.from_pretrained(folder)
     found = read_tensors(folder)
     count = len(found)
@@ -1217,15 +1064,20 @@ def load_model(
     with torch.device("meta"):  # shapes without memory
         model = cls(config)
     own = model.state_dict()
-    tensors = under_own_names(found, own, model.ignores)
-    weights = [name for name in tensors if name in own and own[name].is_floating_point()]
-    dtype = type_to_read({tensors[name].dtype for name in weights}, dtype or torch_dtype)
+    tensors = {}
+    for name, tensor in found.items():
+        # either of file and model may be a bare decoder, whose names have no "model." before them
+        candidates = (name, f"model.{name}", name.removeprefix("model."))
+        name = next((candidate for candidate in candidates if candidate in own), name)
+        if name.split(".")[0] not in model.ignores and not name.endswith("inv_freq"):
+            tensors[name] = tensor  # but heads of other models, and what old files have of RoPE
+    stored = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    fits = stored != set() and stored <= FLOATS
+    expect(fits, f"{folder} has weights of {stored}: expected some of {FLOATS}")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype or reduce(torch.promote_types, stored)
     for name, tensor in tensors.items():
-        tensors[name] = tensor.to(device, dtype if name in weights else tensor.dtype)
-    for name in cls.may_lack:
-        if not any(key.startswith(f"{name}.") for key in tensors):
-            warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
-            tensors |= fresh_head(model, name, dtype, device or "cpu")
+        tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -1233,84 +1085,27 @@ def load_model(
     return model.eval()
 
 
-def under_own_names(
-    found: dict[str, Tensor], own: Iterable[str], ignores: Sequence[str]
-) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as a model calls them: "model." stands before a name or not, as
-    either may be a bare decoder. Those of other heads are left out, and old files' inv_freq."""
-    tensors = {}
-    for name, tensor in found.items():
-        names = (name, f"model.{name}", name.removeprefix("model."))
-        name = next((candidate for candidate in names if candidate in own), name)
-        expect(name not in tensors, f"the checkpoint has {name} under two names")
-        is_other = name.split(".")[0] in ignores or name.endswith("inv_freq")
-        if name in own or not is_other:
-            tensors[name] = tensor
-    return tensors
-
-
-def fresh_head(
-    model: OpenLlamaPreTrainedModel, name: str, dtype: torch.dtype, device: str | torch.device
-) -> dict[str, Tensor]:
-    """The tensors of a head, drawn, for a model on meta."""
-    head = model.get_submodule(name).to_empty(device=device).to(dtype)
-    head.apply(model.init_weights)
-    return {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
-
-
-def type_to_read(stored: set[torch.dtype], wanted: torch.dtype | str | None) -> torch.dtype:
-    """The type of weights that are stored in these; wanted: see load_model."""
-    dtype = wanted
-    if wanted in (None, "auto"):
-        dtype = reduce(torch.promote_types, stored & FLOATS or {torch.float32})
-    elif isinstance(wanted, str):
-        dtype = getattr(torch, wanted.removeprefix("torch."), wanted)
-    fits = stored | {dtype} <= FLOATS
-    expect(fits, f"weights of {stored} cannot be read as {dtype}: expected some of {FLOATS}")
-    return dtype
-
-
-def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict | None) -> None:
-    """Write all files beside the old ones. Then the old config goes, the weights are replaced, and
-    the config comes, so that a killed save leaves no mixture of two checkpoints; old shards, which
-    nothing reads any more, go last."""
-    from safetensors import SafetensorError
+def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict) -> None:
+    """Write the weights beside the old ones. Then the old config goes, the weights are replaced,
+    and the new config comes, so that a killed save leaves no mixture of two checkpoints."""
     from safetensors.torch import save_file
 
-    if state_dict is None:
-        state_dict = model.state_dict()
-    gather = "expected plain tensors; README: how to gather sharded ones, for state_dict="
-    expect(len(state_dict) > 0, f"nothing to save: {gather}")
+    tensors = {}
     for name, tensor in state_dict.items():
         is_plain = type(tensor) is Tensor and not tensor.is_meta and not tensor.is_quantized
-        expect(is_plain, f"{name} is not plain: {gather}")
-    tensors = {
-        name.replace("_orig_mod.", ""): x.cpu().contiguous() for name, x in state_dict.items()
-    }
+        expect(is_plain, f"{name} is not a plain tensor: pass gathered weights as state_dict=")
+        tensors[name.replace("_orig_mod.", "")] = tensor.cpu().contiguous()  # of torch.compile
+    expect(len(tensors) > 0, "no weights: pass gathered weights as state_dict=")
     name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
     dtype = str(model.dtype).removeprefix("torch.")
-    config = model.config.to_json_string(architectures=[name], torch_dtype=dtype)
+    text = model.config.to_json_string(architectures=[name], torch_dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    new_weights = folder / f"{WEIGHTS}.new"
-    new_config = folder / "config.json.new"
-    try:
-        new_config.write_text(config, encoding="utf-8")
-        save_file(tensors, new_weights, metadata={"format": "pt"})
-        new_weights.chmod(new_config.stat().st_mode)  # save_file lets its owner alone read it
-        (folder / "config.json").unlink(missing_ok=True)
-        new_weights.replace(folder / WEIGHTS)
-        new_config.replace(folder / "config.json")
-    except SafetensorError as error:
-        raise OSError(f"{new_weights}: {error}") from None
-    finally:
-        new_weights.unlink(missing_ok=True)
-        new_config.unlink(missing_ok=True)
-    if (folder / INDEX).is_file():
-        shards = set(read_json(folder / INDEX).get("weight_map", {}).values()) - {WEIGHTS}
-        for path in folder.glob("*.safetensors"):
-            if path.name in shards:
-                path.unlink()
-        (folder / INDEX).unlink()
+    new_weights = folder / "model.safetensors.new"
+    save_file(tensors, new_weights, metadata={"format": "pt"})
+    (folder / "config.json").unlink(missing_ok=True)
+    new_weights.replace(folder / WEIGHTS)
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # others may read it, too
 
 
 # --- 10. Sampling ----------------------------------------------------------------------------
@@ -1335,7 +1130,8 @@ class Sampling:
     top_p: float | None = None  # of these, from the fewest whose probabilities reach p
     repetition_penalty: float = 1.0  # above 1, what a row already holds gets less likely
     eos_token_id: int | list[int] | Literal["config"] | None = "config"  # what ends a row
-    pad_token_id: int | None = None  # what follows; None: the config's, or else an end, or else 0
+    pad_token_id: int | None = None  # what follows; None: the config's, or else 0
+    num_return_sequences: int = 1  # continue each row so often; the results follow one another
     generator: torch.Generator | None = None  # draws the tokens; None: torch's own
     compile: bool = False  # compile the step from token to token: half a minute at first
 
@@ -1353,27 +1149,7 @@ class Sampling:
     def ends(self, config: OpenLlamaConfig) -> list[int]:
         """The tokens that end a row."""
         ends = config.eos_token_id if self.eos_token_id == "config" else self.eos_token_id
-        if isinstance(ends, list):
-            return ends
-        return [] if ends is None else [ends]
-
-    def count(self, T: int, config: OpenLlamaConfig) -> int:
-        """How many tokens to make, at the most, after a prompt of T."""
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        longest = self.max_length
-        if longest is None:
-            longest = context_length(config)
-        expect(longest > T, f"a prompt of {T} tokens leaves no room below max_length={longest}")
-        return longest - T
-
-    def padding(self, config: OpenLlamaConfig) -> int:
-        """What follows the end of a row."""
-        if self.pad_token_id is not None:
-            return self.pad_token_id
-        if config.pad_token_id is not None:
-            return config.pad_token_id
-        return next(iter(self.ends(config)), 0)
+        return ends if isinstance(ends, list) else [n for n in [ends] if n is not None]
 
     def choose(self, scores: Tensor, seen: Tensor) -> Tensor:
         """The next token of each row, (B,). scores (B, V); seen (B, n): the ids so far."""
@@ -1392,8 +1168,8 @@ class Sampling:
             kth = scores.topk(min(self.top_k, scores.shape[-1])).values[:, -1:]
             scores = scores.masked_fill(scores < kth, -math.inf)
         if self.top_p is not None and self.top_p < 1:  # https://arxiv.org/abs/1904.09751
-            # of 0.2, 0.5, 0.3 the last two reach p = 0.6; in ascending order the sums are 0.2,
-            # 0.5, 1.0, and what stays within 1 - p = 0.4 is left out
+            # for p = 0.6 the tokens of 0.2, 0.5, 0.3 are sorted as 0.2, 0.3, 0.5, and summed to
+            # 0.2, 0.5, 1.0: those with a sum up to 1 - p = 0.4 are left out
             ascending, order = scores.sort(dim=-1)
             outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
             outside[:, -1] = False  # at least one stays
@@ -1402,45 +1178,43 @@ class Sampling:
 
 
 def generate(
-    model: OpenLlamaForCausalLM,
-    input_ids: Tensor | list,
-    attention_mask: Tensor | list | None = None,
-    num_return_sequences: int = 1,
-    **settings: object,
+    model: OpenLlamaForCausalLM, input_ids: Ids, attention_mask: Ids | None = None, **how: object
 ) -> Tensor:
-    """Continue each row of input_ids (B, T), or the one row (T,): returns (B, T + new).
-
-    attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
-    num_return_sequences: of each row, one after the other.
-    settings: the fields of Sampling, and what else `stream` takes.
-    """
-    ids = as_rows(input_ids, model.device).repeat_interleave(num_return_sequences, dim=0)
-    mask = attention_mask
-    if mask is not None:
-        mask = as_rows(mask, model.device).repeat_interleave(num_return_sequences, dim=0)
-    new = torch.stack(list(stream(model, ids, mask, **settings)), dim=1)
+    """Continue each row of input_ids (B, T), or the one row (T,): returns (B, T + new). how: the
+    other arguments of `stream`."""
+    new = torch.stack(list(stream(model, input_ids, attention_mask, **how)), dim=1)
+    ids = as_rows(input_ids, new.device)
+    ids = ids.repeat_interleave(len(new) // len(ids), dim=0)
     return torch.cat((ids, new.to(ids.device)), dim=1)
+
+
+def as_rows(ids: Ids, device: torch.device) -> Tensor:
+    """Ids or a mask as (B, T), of which (T,) is one row. A list becomes a tensor on the device."""
+    expect(not isinstance(ids, str), f"{ids!r}: expected ids, which a tokenizer makes of a text")
+    if isinstance(ids, list):
+        ids = torch.tensor(ids, dtype=torch.long, device=device)
+    return torch.atleast_2d(ids)
 
 
 def stream(
     model: OpenLlamaForCausalLM,
-    input_ids: Tensor | list,
-    attention_mask: Tensor | list | None = None,
+    input_ids: Ids,
+    attention_mask: Ids | None = None,
     past_key_values: KVCache | None = None,
     sampling: Sampling | None = None,
-    token_type_ids: Tensor | None = None,
     **settings: object,
 ) -> Iterator[Tensor]:
     """What `generate` appends, step by step: the next token of each row, (B,), on the CPU.
 
-    past_key_values: a cache of the first tokens of input_ids, which need not be computed again; it
-      is extended in place, but with compile=True by the prompt alone.
-    sampling: the settings in one object. token_type_ids: of some tokenizers; without meaning here.
+    attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
+    past_key_values: a cache of the first tokens of input_ids, which are not computed again. It is
+      extended in place; with compile=True it gets the prompt alone.
+    settings: the fields of Sampling; or sampling: all in one object.
     """
-    if sampling is None:
-        sampling = Sampling(**settings)
+    sampling = sampling or Sampling(**settings)
     cache = as_cache(past_key_values)
     ids = as_rows(input_ids, model.device)
+    ids = ids.repeat_interleave(sampling.num_return_sequences, dim=0)
     B, T = ids.shape
     V = model.config.vocab_size
     expect(cache.length < T, f"empty prompt: {T} tokens, of which {cache.length} are in the cache")
@@ -1449,175 +1223,123 @@ def stream(
     mask = cache.extended_documents(T - cache.length)
     if attention_mask is not None:
         mask = as_rows(attention_mask, model.device)
-        expect(mask.shape == ids.shape, f"attention_mask is {tuple(mask.shape)}: expected {(B, T)}")
-    if mask is None:
-        mask = torch.ones_like(ids)
-    expect(bool(mask.any(dim=1).all()), "empty prompt: attention_mask has a row of padding alone")
-    split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    sharded = split or hasattr(model, "unshard")  # which fully_shard adds
-    # inference mode is faster, but what FSDP gathers under it could not be trained any more
-    mode = torch.no_grad() if sharded else torch.inference_mode()
-    steps = mode(stream_tokens)(model, ids, mask.expand(B, T), sampling, cache, sharded)
-    return (torch.tensor(tokens) for tokens in steps)
-
-
-def as_rows(ids: Tensor | list, device: torch.device) -> Tensor:
-    """Ids or a mask as (B, T): (T,), or a list of numbers, is one row."""
-    if isinstance(ids, str):
-        raise ValueError(f"{ids!r}: expected ids, which a tokenizer makes of a text")
-    if not isinstance(ids, Tensor):
-        where = None if device.type == "meta" else device  # meta: offloaded until it is used
-        ids = torch.tensor(ids, dtype=torch.long, device=where)
-    return ids[None] if ids.dim() == 1 else ids
-
-
-def stream_tokens(
-    model: OpenLlamaForCausalLM,
-    ids: Tensor,
-    mask: Tensor,
-    sampling: Sampling,
-    cache: KVCache,
-    sharded: bool,
-) -> Iterator[list[int]]:
-    """The next token of each row, step by step, until all rows have ended.
-
-    A GPU is given the next step before its last token is read, or it would wait for the CPU. And
-    where weights are sharded over processes, each goes on until all have ended, as every step needs
-    all of them.
-    """
-    T = ids.shape[1]
-    count = sampling.count(T, model.config)
-    pad = sampling.padding(model.config)
-    ends = sampling.ends(model.config)
-    ends = torch.tensor(ends, dtype=torch.long, device=ids.device)
+        mask = mask.repeat_interleave(sampling.num_return_sequences, dim=0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    expect(mask.shape in ((B, T), (1, T)), f"attention_mask: expected the shape {(B, T)}")
+    mask = mask.expand(B, T)
     own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # of the row's last document
-    last = last_true(own)[:, None]  # (B, 1)
-    seen = ids.where(own, ids.gather(1, last))
-    done = torch.zeros_like(last[:, 0], dtype=torch.bool)
-    ahead = launches_ahead(ids) and not sharded
-    stopped = False
-    scores = next_scores(model, ids[:, cache.length :], mask, cache, last - cache.length)
-    for n in itertools.count(1):
-        finite = scores.amax(dim=-1).isfinite().all()
-        token = sampling.choose(scores.where(finite, 0.0), seen)  # a draw from NaN would crash
-        token = token.where(~done, pad)
-        done = done | torch.isin(token, ends) | (n >= count)
-        if sampling.repetition_penalty != 1:
+    last = last_true(own)[:, None]  # (B, 1): each row goes on behind this token
+    fits = bool((own.any(dim=1, keepdim=True) & (last >= cache.length)).all())
+    expect(fits, "empty prompt: a row has nothing but padding, or has it behind the cache")
+    count = sampling.max_new_tokens or (sampling.max_length or context_length(model.config)) - T
+    expect(count > 0, f"a prompt of {T} tokens leaves no room below max_length={T + count}")
+
+    sharded = hasattr(model, "unshard")  # a method that FSDP's fully_shard adds
+    pad = next(n for n in (sampling.pad_token_id, model.config.pad_token_id, 0) if n is not None)
+    ends = torch.tensor(sampling.ends(model.config), dtype=torch.long, device=ids.device)
+
+    def steps(cache: KVCache) -> Iterator[Tensor]:
+        """Each step is one tensor, (B + 2,): the next token of each row, whether the scores are
+        finite, and whether all rows have ended. If weights are sharded, each process needs all
+        others for its steps, so the last number tells of the rows of all processes."""
+        seen = ids.where(own, ids.gather(1, last))  # only tokens that count for the penalty
+        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        prompt = {"attention_mask": mask, "logits_to_keep": last - cache.length}
+        scores = next_scores(model, ids[:, cache.length :], past_key_values=cache, **prompt)
+        step = next_scores
+        if sampling.compile:
+            cache = FixedKVCache(cache, T + count)
+            step = torch.compile(next_scores, mode="reduce-overhead")  # torch keeps the code
+        for n in itertools.count(1):
+            finite = scores.amax(dim=-1).isfinite().all()
+            token = sampling.choose(scores.where(finite, 0.0), seen)  # multinomial crashes on NaN
+            token = token.where(~ended, pad)
+            ended = ended | torch.isin(token, ends) | (n >= count)
             seen = torch.cat((seen, token[:, None]), dim=1)
-        flags = torch.stack((finite, done.all())).long()
-        if sharded:
-            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-        read = read_later(torch.cat((token, done.all()[None], flags)))
-        launched = ahead and 1 < n < count  # but the first token does not wait for a compiler
-        if launched:
-            scores, cache = next_step(model, token, cache, T + n - 1, sampling.compile)
-        *tokens, is_last, is_finite, all_are_last = read()
+            flags = torch.stack((finite, ended.all())).long()
+            if sharded:
+                dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+            yield torch.cat((token, flags))
+            if n == count and not sharded:  # else other processes may need more steps
+                return
+            scores = step(model, token[:, None], past_key_values=cache, logits_to_keep=1)
+
+    # inference mode is faster, but weights that FSDP gathers in it could not be trained any more
+    mode = torch.no_grad() if sharded else torch.inference_mode()
+    made = mode(steps)(cache)  # each step in this mode, and what stands between them not
+    for n, (*tokens, is_finite, all_ended) in enumerate(read_steps(made, ids.device)):
         expect(is_finite, "the model's scores hold NaN or infinity")
-        if not stopped:
-            yield tokens
-        stopped = bool(is_last)
-        if all_are_last:
-            cache.length = T + n - 1  # without what was launched ahead
+        yield torch.tensor(tokens)
+        if all_ended:
+            cache.length = min(cache.length, T + n)  # a GPU may have been one step ahead
             return
-        if not launched:
-            scores, cache = next_step(model, token, cache, T + n - 1, sampling.compile)
 
 
-def next_step(
-    model: OpenLlamaForCausalLM, token: Tensor, cache: KVCache, length: int, compiled: bool
-) -> tuple[Tensor, KVCache]:
-    """The scores after one more token of each row, (B,), behind the cache's `length`."""
-    if not compiled:
-        return next_scores(model, token[:, None], None, cache, keep=1), cache
-    if not isinstance(cache, FixedKVCache) or length == cache.capacity:
-        cache = FixedKVCache(cache, length)
-    return compiled_scores()(model, token[:, None], None, cache, keep=1), cache
+def next_scores(model: OpenLlamaForCausalLM, ids: Tensor, **inputs: object) -> Tensor:
+    """What the model says comes next, (B, V), in float32. inputs: of its forward."""
+    return model(ids, **inputs, use_cache=False, return_dict=True).logits[:, -1].float()
 
 
-def next_scores(
-    model: OpenLlamaForCausalLM,
-    ids: Tensor,
-    mask: Tensor | None,
-    cache: KVCache,
-    keep: Tensor | int,
-) -> Tensor:
-    """What the model says comes next: (B, V), in float32. keep: logits_to_keep, one of a row."""
-    inputs = {"attention_mask": mask, "past_key_values": cache, "logits_to_keep": keep}
-    off = dict.fromkeys(("use_cache", "output_attentions", "output_hidden_states"), False)
-    out = model(ids, **inputs, **off, return_dict=True)
-    return out.logits[:, -1].float()
-
-
-def launches_ahead(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-def read_later(x: Tensor) -> Callable[[], list[int]]:
-    """Begin to read a small tensor. What is launched on a GPU after this does not delay it."""
-    if not x.is_cuda:
-        return x.tolist
-    copy = x.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[int]:
+def read_steps(steps: Iterator[Tensor], device: torch.device) -> Iterator[list[int]]:
+    """The numbers of each step. On a GPU they are read when the next step has been launched: the
+    GPU would else wait for the CPU."""
+    if device.type != "cuda":
+        yield from (step.tolist() for step in steps)
+        return
+    queue = torch.cuda.current_stream(device)
+    copies = ((step.to("cpu", non_blocking=True), queue.record_event()) for step in steps)
+    for (numbers, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):
         copied.synchronize()
-        return copy.tolist()
-
-    return read
+        yield numbers.tolist()
 
 
 # --- 11. Speed -------------------------------------------------------------------------------
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias, (..., C) to (..., len(weight)), on a CPU at the speed of memory if x is a
-    single token.
+    """x weight' + bias, (..., C) to (..., len(weight)); faster on some CPUs if x is one token, as
+    PyTorch's product of one token uses one thread there (seen on AMD EPYC, and not on Intel Xeon).
 
-    Compiled, the product is written as the sum that it is, of which torch.compile makes one loop
-    with what stands around it. Else, for a large float32 matrix, as a batch of 16 products with 16
-    blocks of its rows: so all threads read it, where PyTorch's own product has one do so.
+    Compiled, the product is written as a sum, which torch.compile makes one loop of with what
+    stands around it. Else, for a large float32 matrix, it is a batch of 16 products with 16 blocks
+    of rows, which all threads share.
     """
     C = x.shape[-1]
     is_single = x.numel() == C and x.device.type == "cpu"
-    if not is_single or bias is not None or type(weight) is not nn.Parameter:  # but quantised, say
+    is_plain = bias is None and type(weight) is nn.Parameter  # and not quantised or sharded
+    if not (is_single and is_plain):
         return F.linear(x, weight, bias)
-    shape = (*x.shape[:-1], len(weight))
     if torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-        return (weight * x.flatten()).sum(dim=-1).view(shape)
-    if x.dtype != torch.float32 or weight.numel() < 2**17 or len(weight) % 16 != 0:
+        return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
+    if x.dtype != torch.float32 or weight.numel() <= 2**20 or len(weight) % 16 != 0:
         return F.linear(x, weight)
     blocks = weight.view(16, -1, C)
     product = x.reshape(1, 1, C).expand(16, 1, C) @ blocks.mT  # (16, 1, len(weight) / 16)
-    return product.view(shape)
+    return product.view(*x.shape[:-1], -1)
 
 
-linear = fast_linear  # what section 3 calls
+linear = fast_linear  # from now on, section 3 calls this
 
 
 class FixedKVCache(KVCache):
-    """A cache of which no tensor ever changes its shape or place, for the compiled step. It always
-    shows `capacity` positions, of which those to come are padding. `length` is a tensor, (1,)."""
+    """A cache for the compiled step: no tensor ever changes its shape or its place in memory. It
+    always gives all `capacity` positions, and marks those to come as padding. Its `length` is a
+    tensor, (1,), as compiled code would be made anew for each number."""
 
-    def __init__(self, cache: KVCache, length: int):
-        """length: how many tokens the cache has."""
+    def __init__(self, cache: KVCache, S: int):
+        """Continue a cache, up to S tokens."""
         super().__init__()
-        self.capacity = max(64, 2 ** length.bit_length())  # of few sizes: each records a CUDA graph
-        rest = self.capacity - length
-        self.keys = [F.pad(key[:, :, :length], (0, 0, 0, rest)) for key in cache.keys]
-        self.values = [F.pad(value[:, :, :length], (0, 0, 0, rest)) for value in cache.values]
-        self.length = torch.tensor([length], device=self.keys[0].device)
-        documents = cache.documents
-        if documents is None:
-            documents = self.length.new_ones(1, length)
-        last = documents[:, :length].amax(dim=1, keepdim=True)  # to which those to come belong
-        self.documents = torch.cat((documents[:, :length], last.expand(-1, rest)), dim=1)
+        self.capacity = 2 ** max(6, (S - 1).bit_length())  # few sizes: each records a CUDA graph
+        rest = self.capacity - cache.length
+        for key, value in cache:
+            self.keys.append(F.pad(key, (0, 0, 0, rest)))
+            self.values.append(F.pad(value, (0, 0, 0, rest)))
+        self.length = torch.tensor([cache.length], device=self.keys[0].device)
+        documents = cache.extended_documents(rest)
+        self.documents = self.length.new_ones(1, self.capacity) if documents is None else documents
         for tensor in (*self.keys, *self.values, self.documents, self.length):
-            # a CUDA graph may write to it; without a guard, as other caches use the same code
+            # CUDA graphs may write to it; guard=False, as the code serves other caches, too
             torch._dynamo.mark_static_address(tensor, guard=False)
-        for tensor in (*self.keys, *self.values):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # the code is for any capacity
-        torch._dynamo.maybe_mark_dynamic(self.documents, 1)
 
     def begin(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         new = self.length + torch.arange(x.shape[1], device=x.device)
@@ -1630,25 +1352,14 @@ class FixedKVCache(KVCache):
         return buffers[layer].index_copy_(2, new, x)
 
 
-@lru_cache
-def compiled_scores() -> Callable:
-    """`next_scores`, compiled for any length; on CUDA it is replayed as one graph."""
-    return torch.compile(next_scores, mode="reduce-overhead")
-
-
 # --- 12. Text --------------------------------------------------------------------------------
-
-# A tokenizer's encode(text, special) makes ids, with those that a text begins with if special;
-# its decode(ids) makes text, without special ones.
 
 
 class NumberTokenizer:
     """Ids as numbers, in place of text: "1,2,3", or with spaces."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        words = text.replace(",", " ").split()
-        expect(all(word.isdecimal() for word in words), f"{text!r}: expected ids, as in 1,2,3")
-        return [int(word) for word in words]
+        return [int(number) for number in text.replace(",", " ").split()]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{number} " for number in ids)
@@ -1674,7 +1385,7 @@ class JsonTokenizer:
             self.model = Tokenizer.from_buffer(path.read_bytes())
         except ValueError as error:
             raise damaged(path, error) from None
-        self.model.no_padding()  # the file may ask for both
+        self.model.no_padding()  # the file may ask for padding and truncation
         self.model.no_truncation()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -1693,13 +1404,12 @@ class SentencePieceTokenizer:
         """settings: of tokenizer_config.json; bos: what a text begins with, if anything."""
         from sentencepiece import SentencePieceProcessor
 
-        path = folder / "tokenizer.model"
         fits = settings.get("legacy") is not False
         expect(fits, f'{folder}: a tokenizer with "legacy": false is read from tokenizer.json only')
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            self.model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError) as error:
-            raise damaged(path, error) from None
+            raise damaged(folder / "tokenizer.model", error) from None
         self.bos = bos if settings.get("add_bos_token", True) else None
         pieces = range(self.model.get_piece_size())
         self.special = {n for n in pieces if self.model.is_control(n) or self.model.is_unknown(n)}
@@ -1714,9 +1424,7 @@ class SentencePieceTokenizer:
         self.names = re.compile(f"({'|'.join(longest_first)})")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        ids = []
-        if special and self.bos is not None:
-            ids.append(self.bos)
+        ids = [self.bos] if special and self.bos is not None else []
         for part in self.names.split(text):
             ids += [self.ids[part]] if part in self.ids else self.model.encode(part)
         return ids
@@ -1729,14 +1437,14 @@ class SentencePieceTokenizer:
                 texts += [self.added[n] for n in run]
             else:
                 texts.append(self.model.decode(list(run)))
-        return " ".join(texts)
+        return " ".join(texts)  # as transformers 4.31 does
 
 
-Tokenizer = NumberTokenizer | ByteTokenizer | SentencePieceTokenizer | JsonTokenizer
-
-
-def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
-    """The tokenizer of a checkpoint; bos: the id that a text begins with, for tokenizer.model."""
+def load_tokenizer(
+    folder: Path, bos: int | None
+) -> ByteTokenizer | JsonTokenizer | SentencePieceTokenizer:
+    """The tokenizer of a checkpoint. Its encode(text) makes ids; with special=False it does not add
+    the ids that a text begins with, as bos. Its decode(ids) makes text, without special tokens."""
     settings = read_json(folder / "tokenizer_config.json", optional=True)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json")
@@ -1744,114 +1452,51 @@ def load_tokenizer(folder: Path, bos: int | None) -> Tokenizer:
         return SentencePieceTokenizer(folder, settings, bos)
     if settings.get("tokenizer_class") == "ByT5Tokenizer":
         return ByteTokenizer()
-    files = "tokenizer.model or tokenizer.json"
-    raise FileNotFoundError(f"{folder} has no {files}; --prompt-ids needs none")
-
-
-# A chat's format writes messages as the text to be continued. A message is
-# {"role": "system", "user" or "assistant", "content": text}.
-
-
-def open_llama_chat(messages: list[dict]) -> str:
-    """The format of Open-Llama's instruct models.
-
-    >>> question = {"role": "user", "content": "Hi!"}
-    >>> open_llama_chat([question, {"role": "assistant", "content": "Hello."}, question])
-    'user:Hi!\\nsystem:Hello.</s>user:Hi!\\nsystem:'
-    """
-    forms = {"user": "user:{}\nsystem:", "assistant": "{}</s>"}
-    fits = all(message["role"] in forms for message in messages)
-    expect(fits, "this model's chat format has no system text")
-    return "".join(forms[message["role"]].format(message["content"]) for message in messages)
+    raise FileNotFoundError(f"{folder} has no tokenizer.model or .json; --prompt-ids needs none")
 
 
 def chat_format(folder: Path) -> Callable[[list[dict]], str]:
-    """A checkpoint's chat template, or Open-Llama's format where it has none."""
+    """What writes messages, each {"role": "user" or "assistant", "content": text}, as the text to
+    be continued: the checkpoint's template, or Open-Llama's format where it has none."""
     settings = read_json(folder / "tokenizer_config.json", optional=True)
-    template = settings.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    if template is None:
+    if "chat_template" not in settings and not (folder / "chat_template.jinja").is_file():
         return open_llama_chat
-    if isinstance(template, list):  # of several, with names
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", template[0]["template"])
-    tokens = {}
-    if (folder / "tokenizer.model").is_file():
-        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # LLaMA's
-    for name, token in settings.items():
-        if name.endswith("_token") and isinstance(token, str | dict):
-            tokens[name] = token if isinstance(token, str) else token["content"]
-    return template_chat(template, tokens)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
 
 
-def template_chat(template: str, tokens: dict[str, str]) -> Callable[[list[dict]], str]:
-    """A template of Jinja, with what transformers gives to it; tokens: as bos_token="<s>"."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: object, ensure_ascii: bool = False, **settings: object) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
-    # transformers' generation tag marks what is trained on, and changes nothing in the text
-    template = re.sub(r"({%-?\s*)generation\b", r"\1if true", template)
-    template = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", template)
-    given = {"add_generation_prompt": True, "tools": None, "documents": None} | tokens
-
-    def render(messages: list[dict]) -> str:
-        try:
-            return environment.from_string(template).render(messages=messages, **given)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template says: {error}") from None
-
-    return render
+def open_llama_chat(messages: list[dict]) -> str:
+    """The format of Open-Llama's instruct models, turns joined with nothing between them."""
+    forms = {"user": "user:{}\nsystem:", "assistant": "{}</s>"}
+    return "".join(forms[message["role"]].format(message["content"]) for message in messages)
 
 
 def stream_text(
     decode: Callable, prompt: list[int], new: Iterable[int], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of the new ids as they come, in whole characters, up to the first of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1)
-    held = ""  # the last characters, which may be the beginning of a stop
-    for piece in whole_characters(decode, prompt, new):
-        held += piece
-        places = [held.index(stop) for stop in stops if stop in held]
-        if places:
-            yield held[: min(places)]
-            return
-        end = max(len(held) - (longest - 1), 0)
-        yield held[:end]
-        held = held[end:]
-    yield held
+    """The text of the new ids as they come, in whole characters, up to the first of `stops`.
 
-
-def whole_characters(decode: Callable, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
-    """The text that each new id adds; nothing while a character has come in part.
-
-    Decoded alone, an id would lose its leading space, and bytes their character. So the ids of the
-    piece of text before are decoded again with the new ones.
+    Decoded alone, an id would lose its leading space, and bytes their character. So it is decoded
+    with all that are new, and the last ones of the prompt.
     """
-    ids = list(prompt)
-    whole = len(ids)  # how many of these have been given out as text
-    shown = len(decode(ids))
+    ids = prompt[-16:]  # enough for a character or a space to be whole
+    text = decode(ids)
+    shown = len(text)
+    longest = max((len(stop) for stop in stops), default=1)
     for token in new:
         ids.append(token)
         text = decode(ids)
-        is_whole = len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}")
-        if is_whole or len(ids) > whole + 16:  # so many ids will never be a character
-            yield text[shown:]
-            ids = ids[whole:]
-            whole = len(ids)
-            shown = len(decode(ids))
-    yield decode(ids)[shown:]
+        places = [text.index(stop, shown) for stop in stops if stop in text[shown:]]
+        if places:
+            yield text[shown : min(places)]
+            return
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # which stands for a part of a character
+        end = max(len(whole) - (longest - 1), shown)  # the rest may be the beginning of a stop
+        yield text[shown:end]
+        shown = end
+    yield text[shown:]
 
 
 # --- 13. Command line ------------------------------------------------------------------------
@@ -1861,84 +1506,59 @@ def demo_checkpoint(folder: Path) -> Path:
     """A byte-level model that knows the Zen of Python by heart, trained on first use."""
     if (folder / WEIGHTS).is_file():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)  # where that fails, it fails before the training
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n')
+    log("training the demo, which takes some 20 seconds")
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in matrices as small as these, threads wait for each other
     sizes = {"vocab_size": 259, "hidden_size": 128, "intermediate_size": 344}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
-    others = {"bos_token_id": None, "eos_token_id": 1}
-    others |= {"hidden_dropout_prob": 0, "attention_dropout_prob": 0}
+    others = {"hidden_dropout_prob": 0, "attention_dropout_prob": 0, "eos_token_id": 1}
     model = OpenLlamaForCausalLM(OpenLlamaConfig(**sizes, **others))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other, in matrices as small as these
-    with contextlib.redirect_stdout(io.StringIO()):  # as the import prints it
-        import this
-    learn_by_heart(model, codecs.decode(this.s, "rot13"))
+    text = subprocess.check_output([sys.executable, "-m", "this"], text=True).strip()
+    data = torch.tensor([*ByteTokenizer().encode(text), 1])
+    lines = torch.tensor([0] + [n + 1 for n, letter in enumerate(text) if letter == "\n"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=400)
+    for step in range(400):  # from the beginnings of lines on; behind its end, the text begins anew
+        B, T = (4, 160) if step % 4 else (1, len(data))
+        starts = lines[torch.randint(len(lines), (B, 1))]
+        batch = data[(starts + torch.arange(T)) % len(data)]  # (B, T)
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     torch.set_num_threads(threads)
     model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}\n')
     return folder
 
 
-def learn_by_heart(model: OpenLlamaForCausalLM, text: str, steps: int = 400) -> None:
-    """Train on the text, from the beginnings of its lines on, as if it were a ring."""
-    data = torch.tensor([*ByteTokenizer().encode(text), model.config.eos_token_id])
-    begins = torch.tensor([0] + [n + 1 for n, letter in enumerate(text) if letter == "\n"])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
-    for step in range(steps):
-        B = 4
-        T = 160
-        if step % 4 == 0:  # the whole text, as attention has to reach over all of it
-            B = 1
-            T = len(data)
-        starts = begins[torch.randint(len(begins), (B, 1))]
-        batch = data[(starts + torch.arange(T)) % len(data)]  # (B, T)
-        model(batch, labels=batch).loss.backward()
-        warmup = min(1, (step + 1) / 20)
-        optimizer.param_groups[0]["lr"] = 4e-3 * warmup * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 20 == 0:
-            share = (step + 1) / steps
-            print(f"\rtraining the demo: {share:.0%}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-
-
-# the command line has an option for each number in this
-CLI_SAMPLING = Sampling(max_new_tokens=128, do_sample=True, temperature=0.8, top_k=50, top_p=1.0)
-CLI_NUMBERS = {name: n for name, n in vars(CLI_SAMPLING).items() if type(n) in (int, float)}
+# settings of Sampling that are options of the command line, and their defaults there
+OPTIONS = {"max_new_tokens": 128, "temperature": 0.8, "top_k": 50, "top_p": 1.0}
+OPTIONS |= {"repetition_penalty": 1.0}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Sample text from an Open-Llama checkpoint, or from a demo.",
-        epilog="In a chat, each line of stdin is a turn; one that ends in a backslash goes on in "
-        "the next line. Ctrl-C ends an answer, Ctrl-D the chat.",
-    )
+    about = "Sample text from an Open-Llama checkpoint, or from a demo."
+    parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FOLDER", help="default: the demo, trained on first use")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--prompt", metavar="TEXT", help="text to continue; - reads it from stdin")
     either("--prompt-file", type=Path, metavar="FILE", help="file of the text to continue")
     either("--prompt-ids", metavar="IDS", help="ids to continue, as in 1,2,3; prints ids")
-    for name, value in CLI_NUMBERS.items():
+    for name, default in OPTIONS.items():
         option = "--" + name.replace("_", "-")
-        add(option, type=type(value), default=value, metavar="N", help="default: %(default)s")
+        add(option, type=type(default), default=default, metavar="N", help="default: %(default)s")
     add("--num-samples", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    about = r"end before this text, or at this token; \n is a newline; may be repeated"
-    add("--stop", action="append", default=[], metavar="TEXT", help=about)
-    add("--chat", action="store_true", help="hold a conversation, which --prompt may begin")
-    add("--system", metavar="TEXT", help="what the chat template tells the model at first")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="default: as stored")
+    add("--stop", action="append", default=[], metavar="TEXT", help=r"end before it; \n: a newline")
+    about = "each line is a turn; Ctrl-C ends an answer, Ctrl-D the conversation"
+    add("--chat", action="store_true", help=about)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     add("--device", metavar="NAME", help="as cpu, cuda:1, mps; default: the accelerator, if any")
-    about = "compile the decoding step: half a minute at first, then faster"
-    add("--compile", action="store_true", help=about)
+    add("--compile", action="store_true", help="slower to begin, then faster")
     args = parser.parse_args(argv)
-    if args.system is not None and not args.chat:
-        parser.error("--system is for --chat")
-    if "" in args.stop:
-        parser.error("--stop needs a text")
     if args.prompt_ids is not None and (args.chat or args.stop):
         parser.error("--chat and --stop take text, and not --prompt-ids")
     return args
@@ -1950,11 +1570,11 @@ def log(message: str) -> None:
 
 @dataclass
 class Writer:
-    """Continues texts on stdout. It keeps the cache, so that a prompt that begins as the last text
-    did is read from there on."""
+    """Continues texts on stdout. It keeps the last text and its cache: a prompt that begins with
+    what is cached need not be computed from its beginning."""
 
     model: OpenLlamaForCausalLM
-    tokenizer: Tokenizer
+    decode: Callable[[list[int]], str]
     sampling: Sampling
     stops: list[str]
     cache: KVCache = field(default_factory=KVCache)
@@ -1962,58 +1582,38 @@ class Writer:
     text: str = ""  # what was printed last
 
     def write(self, prompt: list[int]) -> None:
-        """Print a continuation as it is made, and on stderr how fast that was."""
+        """Print a continuation as it is made."""
         length = self.cache.length
         if length >= len(prompt) or self.ids[:length] != prompt[:length]:
             self.cache = KVCache()
-        fed = len(prompt) - self.cache.length
         self.ids = list(prompt)
         self.text = ""
-        times = [time.perf_counter()]
-        new = self.new_tokens(times)
-        for piece in stream_text(self.tokenizer.decode, prompt, new, self.stops):
+        for piece in stream_text(self.decode, prompt, self.new_tokens(), self.stops):
             self.text += piece
             print(piece, end="", flush=True)
         print(flush=True)
-        prefill, *steps = [after - before for before, after in itertools.pairwise(times)]
-        told = f"prefill {fed} tokens, {fed / prefill:.1f} tokens/s"
-        if steps:  # the median, as one of them includes compiling
-            told += f"; decode {1 / statistics.median(steps):.1f} tokens/s"
-        log(told)
         context = context_length(self.model.config)
         if len(self.ids) > context:
             log(f"the text is longer than the {context} tokens that the model is made for")
 
-    def new_tokens(self, times: list[float]) -> Iterator[int]:
-        """The tokens up to an end."""
-        ends = self.sampling.ends(self.model.config)
+    def new_tokens(self) -> Iterator[int]:
         given = {"past_key_values": self.cache, "sampling": self.sampling}
-        for row in self.model.stream([self.ids], **given):
-            self.ids.append(int(row))
-            times.append(time.perf_counter())
-            if self.ids[-1] in ends:
-                return
+        for token in self.model.stream([self.ids], **given):
+            self.ids.append(int(token))
             yield self.ids[-1]
 
 
-def hold_chat(
-    writer: Writer, write_turns: Callable, turns: list[dict], questions: Iterable[str]
-) -> None:
-    """Answer each question. When it gets too long for the model, the oldest turns are dropped, so
-    that a quarter of the context is free. turns: what is said before, by the system."""
-    kept = len(turns)
+def hold_chat(writer: Writer, encode: Callable, write_turns: Callable, questions: Iterable) -> None:
+    """Answer each question. When a conversation gets too long, its oldest turns are dropped, so
+    that a quarter of the context is free."""
     room = context_length(writer.model.config) * 3 / 4
-    dropped = False
+    turns = []
     for question in questions:
         turns.append({"role": "user", "content": question})
-        # special=False, as write_turns has written the special tokens
-        ids = writer.tokenizer.encode(write_turns(turns), special=False)
-        while len(ids) > room and len(turns) > kept + 1:
-            if not dropped:
-                log("the conversation is too long: its oldest turns are dropped")
-            dropped = True
-            del turns[kept : kept + 2]
-            ids = writer.tokenizer.encode(write_turns(turns), special=False)
+        # special=False, as a chat format writes all that a text begins with
+        while len(ids := encode(write_turns(turns), special=False)) > room and len(turns) > 1:
+            log("the conversation is too long: its oldest turn is dropped")
+            turns = turns[2:]
         try:
             writer.write(ids)
         except KeyboardInterrupt:
@@ -2022,75 +1622,55 @@ def hold_chat(
         turns.append({"role": "assistant", "content": writer.text})
 
 
-def read_questions(first: str | None) -> Iterator[str]:
-    """`first`, if any, and the lines of stdin; one that ends in a backslash goes on in the next."""
-    marker = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    question = first or ""
-    while True:
-        if question.strip():
-            yield question
-        try:
-            question = input(marker)
-            while question.endswith("\\"):
-                question = question.removesuffix("\\") + "\n" + input(marker)
-        except EOFError:
-            return
+def read_questions(first: str) -> Iterator[str]:
+    """`first`, if any, and the lines of stdin."""
+    if first:
+        yield first
+    try:
+        while True:
+            question = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            if question.strip():
+                yield question
+    except EOFError:
+        return
 
 
-def read_prompt(args: argparse.Namespace) -> str | None:
+def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is not None:
         return args.prompt_file.read_text("utf-8").removesuffix("\n")  # which editors append
     if args.prompt == "-":
         return sys.stdin.read().removesuffix("\n")
-    return args.prompt if args.prompt_ids is None else args.prompt_ids
-
-
-def split_stops(tokenizer: Tokenizer, stops: list[str]) -> tuple[list[int], list[str]]:
-    """What ends a text: the ids of special tokens, which decoding leaves out, and texts."""
-    special = []
-    texts = []
-    for stop in stops:
-        stop = stop.replace("\\n", "\n")
-        ids = tokenizer.encode(stop, special=False)
-        if len(ids) == 1 and tokenizer.decode(ids) == "":
-            special += ids
-        else:
-            texts.append(stop)
-    return special, texts
+    return args.prompt_ids or args.prompt or ""
 
 
 def run(args: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(errors="replace")  # for what the encoding of a terminal has not
-    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()  # from the system
-    else:
-        generator.manual_seed(args.seed)
+    sys.stdout.reconfigure(errors="replace")  # characters that a terminal lacks become ?
     prompt = read_prompt(args)
     folder = args.checkpoint
     if folder is None:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = demo_checkpoint(Path(cache) / "openllama-zen")
-        if prompt is None and not args.chat:
-            prompt = "Beautiful is better"
+        prompt = prompt or "Beautiful is better"
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = OpenLlamaForCausalLM.from_pretrained(folder, dtype=args.dtype, device=device)
-    size = f"{model.num_parameters():,} parameters, {model.dtype} on {model.device}"
-    log(f"{size}; seed {generator.initial_seed()}")
+    seed = torch.seed() if args.seed is None else args.seed
+    torch.manual_seed(seed)
+    log(f"{folder}: {model.dtype} on {model.device}; seed {seed}")
     tokenizer = NumberTokenizer()
     if args.prompt_ids is None:
         tokenizer = load_tokenizer(folder, model.config.bos_token_id)
-    ends, stops = split_stops(tokenizer, args.stop)
-    ends += CLI_SAMPLING.ends(model.config)
-    numbers = {name: getattr(args, name) for name in CLI_NUMBERS}
-    numbers |= {"eos_token_id": ends, "generator": generator, "compile": args.compile}
-    writer = Writer(model, tokenizer, replace(CLI_SAMPLING, **numbers), stops)
+    stops = [stop.replace("\\n", "\n") for stop in args.stop]
+    tokens = [tokenizer.encode(stop, special=False) for stop in stops]
+    # a stop of one token ends the text as an id, too: decoding leaves special tokens out
+    ends = Sampling().ends(model.config) + [ids[0] for ids in tokens if len(ids) == 1]
+    numbers = {name: getattr(args, name) for name in OPTIONS}
+    sampling = Sampling(**numbers, do_sample=True, eos_token_id=ends, compile=args.compile)
+    writer = Writer(model, tokenizer.decode, sampling, stops)
     if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system is not None else []
-        hold_chat(writer, chat_format(folder), system, read_questions(prompt))
+        hold_chat(writer, tokenizer.encode, chat_format(folder), read_questions(prompt))
         return
     for _ in range(args.num_samples):
-        writer.write(tokenizer.encode(prompt or ""))
+        writer.write(tokenizer.encode(prompt))
 
 
 def main(argv: list[str] | None = None) -> int:

