@@ -410,7 +410,7 @@ class OpenLlamaDecoderLayer(nn.Module):
 
 
 class OpenLlamaPreTrainedModel(nn.Module):
-    """What the models share: fresh weights, and ways in and out of files (section 9)."""
+    """The base of all models: fresh weights, files (section 9), and what tools ask a model for."""
 
     config_class = OpenLlamaConfig
     accepts_loss_kwargs = False  # transformers' Trainer asks whether forward has num_items_in_batch
@@ -438,15 +438,15 @@ class OpenLlamaPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **how: object) -> OpenLlamaPreTrainedModel:
-        """Read a folder's config.json and weights: see `load_model`, also for dtype and device."""
+        """Read a folder's config.json and weights. how: dtype and device, as in `load_model`."""
         return load_model(cls, Path(folder), **how)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
-        """Write config.json and model.safetensors. state_dict: gathered, of a sharded model."""
+        """Write config.json and model.safetensors. A sharded model needs a gathered state_dict."""
         save_model(self, Path(folder), self.state_dict() if state_dict is None else state_dict)
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
-        """In training, recompute each layer in the backward. Trainer's arguments have no effect."""
+        """Training will compute each layer twice, for less memory. Arguments have no effect."""
         self.decoder.recompute = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -468,7 +468,7 @@ class OpenLlamaPreTrainedModel(nn.Module):
         return self.get_input_embeddings().weight.dtype
 
     def setting(self, name: str, given: bool | None) -> bool:
-        """An argument of forward, or the config's where it is None."""
+        """The value of a switch: as given to forward, or else as the config says."""
         return getattr(self.config, name) if given is None else given
 
 
@@ -490,8 +490,8 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         self.apply(self.init_weights)
 
     def choose_attention(self, tokens: Tokens, dtype: torch.dtype, eager: bool) -> Callable:
-        """What attends in all layers of one forward: attend(q, k, v, dropout_p) returns (B, T, H,
-        D), and the weights (B, H, T, S), or None if not eager. A subclass may override this.
+        """Choose, once for all layers, attend(q, k, v, dropout_p): a function that returns (B, T,
+        H, D), and the weights (B, H, T, S) if eager, else None. A subclass may override this.
 
         xformers attends in half precision on CUDA, if it has a kernel, nothing is cached, and this
         is not being compiled; else PyTorch does. dtype: of q, k and v."""
@@ -548,7 +548,7 @@ class OpenLlamaModel(OpenLlamaPreTrainedModel):
         x = inputs_embeds  # (B, T, C)
         if x is None:
             x = self.embed_layer_norm(self.embed_tokens(input_ids))
-        # the type of queries, x's own or autocast's, is that of any product of x
+        # queries will have the type of any product with x: x's own, or the one that autocast sets
         dtype = torch.mm(x.new_empty(0, 1), x.new_empty(1, 0)).dtype
         cache = as_cache(past_key_values)
         documents = number_documents(attention_mask, position_ids, bool(past_key_values))
@@ -588,7 +588,7 @@ class OpenLlamaForCausalLM(OpenLlamaPreTrainedModel):
 
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"  # tells transformers' Trainer that forward shifts the labels
-    generation_config = prepare_inputs_for_generation = None  # PEFT reads them, and calls neither
+    generation_config = prepare_inputs_for_generation = None  # PEFT fails without these names
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
@@ -609,7 +609,7 @@ class OpenLlamaForCausalLM(OpenLlamaPreTrainedModel):
         return linear(hidden, self.model.embed_tokens.weight)
 
     def loss_in_chunks(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`summed_loss`, 2,048 tokens at a time. The backward computes their logits once more."""
+        """`summed_loss` of 2,048 tokens at a time. The backward computes the logits once more."""
 
         def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
             return summed_loss(self.compute_logits(hidden), targets)
@@ -639,7 +639,7 @@ class OpenLlamaForCausalLM(OpenLlamaPreTrainedModel):
           (B, K); None: none. Unless 0, memory never holds all logits for the loss, either.
         num_items_in_batch: if given, the loss is the sum divided by this, in place of the mean.
         """
-        # the numbers of documents are a mask that the decoder reads as they are
+        # the decoder takes the numbers of documents as its attention_mask
         documents = number_documents(attention_mask, position_ids, bool(past_key_values))
         inputs = (input_ids, documents, position_ids, past_key_values, inputs_embeds)
         out = self.model(*inputs, **wanted, return_dict=True)
@@ -674,7 +674,7 @@ def select_tokens(x: Tensor, keep: int | Tensor) -> Tensor:
     if isinstance(keep, Tensor):
         rows = torch.arange(len(x), device=x.device)
         return x[rows[:, None], keep]
-    return x[:, -keep:]  # -0 is 0, which begins with the first
+    return x[:, -keep:]  # for keep = 0: x[:, 0:], which is all
 
 
 def next_tokens(labels: Tensor, documents: Tensor | None) -> Tensor:
@@ -735,7 +735,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
 
 
 def last_true(flags: Tensor) -> Tensor:
-    """The last place of each row that is True, (B,) of (B, T); the last of all where none is."""
+    """Where each row (B, T) has its last True, (B,); T - 1 if it has none."""
     return flags.shape[1] - 1 - flags.long().flip(1).argmax(dim=1)
 
 
@@ -759,18 +759,18 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OpenLlamaConfig)
 
 @dataclass
 class Tokens:
-    """The S tokens that one forward sees, in the cache and new, and which of them are new."""
+    """The S tokens of one forward: those in the cache, and behind them T new ones."""
 
     new: Tensor  # (T,): the indices of the new tokens among all S
-    positions: Tensor  # (B|1, T): by which the new tokens are turned: position_ids, or as counted
-    counted: Tensor  # (B|1, S): each token's place in its document
+    positions: Tensor  # (B|1, T): of the new tokens, for the rotary embedding
+    counted: Tensor  # (B|1, S): how many tokens of its document stand before each token
     lengths: Tensor  # (B|1, S|1): the length of each token's document so far
     documents: Tensor | None = None  # (B|1, S): its number, 0 for padding; None: all are of one
 
 
 def number_documents(mask: Tensor | None, positions: Tensor | None, cached: bool) -> Tensor | None:
-    """The number of each token's document, 0 for padding: (B, S) by the attention_mask, or (B|1, T)
-    by position_ids that begin again at 0 if nothing is cached. None: all are of one."""
+    """Number the documents of a row 1, 2, ...; padding is 0. The attention_mask (B, S) has these
+    numbers, or position_ids (B|1, T) begin again at 0 with each. None: each row is one document."""
     if mask is not None:
         return mask.long()
     if positions is None or cached:
@@ -780,7 +780,7 @@ def number_documents(mask: Tensor | None, positions: Tensor | None, cached: bool
 
 
 def locate(x: Tensor, documents: Tensor | None, positions: Tensor | None, cache: KVCache) -> Tokens:
-    """Enter the new tokens x (B, T, C) into the cache, and find out where they stand."""
+    """Count the new tokens x (B, T, C) into the cache, and tell their places behind those there."""
     B, T, _ = x.shape
     S = cache.length + T
     if documents is not None:
@@ -803,8 +803,8 @@ def locate(x: Tensor, documents: Tensor | None, positions: Tensor | None, cache:
 
 
 def count_tokens(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's position in its document, and the length of its document, both (B, S). At
-    padding the values mean nothing. The numbers of documents must ascend.
+    """Each token's position in its document, and the length of its document, both (B, S). The
+    values at padding mean nothing. The numbers of documents must ascend.
 
     The real tokens of this row are counted, 1 2 2 3 4. At the first token of each one's document
     the count is 1 1 1 3 3, and at its last token 2 2 2 4 4:
@@ -844,8 +844,7 @@ def visible_keys(tokens: Tokens) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, and their documents. A forward keeps nothing else for
-    the next one.
+    """Keys, values and documents of the tokens so far: all that a forward needs of earlier ones.
 
     `cache[layer]` is (key, value), each (B, H, length, D); the keys are not rotated yet if the
     scaling is dynamic. A forward that fails or is interrupted spoils the cache it was given.
@@ -865,8 +864,8 @@ class KVCache:
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
     def begin(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Count the new tokens x (B, T, C). Returns the indices that they have among all S, (T,),
-        and the documents of all S, (B|1, S); these are known if documents is None."""
+        """Count the new tokens x (B, T, C). Returns their indices among all S, (T,), and the
+        documents of all S, (B|1, S). documents None: new tokens continue the last document."""
         T = x.shape[1]
         if documents is None:
             documents = self.extended_documents(T)
@@ -875,7 +874,7 @@ class KVCache:
         return torch.arange(self.length - T, self.length, device=x.device), documents
 
     def extended_documents(self, T: int) -> Tensor | None:
-        """The documents of the tokens so far, and of T more that go on with the last."""
+        """The documents of all tokens, if T more continue each row's last document."""
         if self.documents is None:
             return None
         last = self.documents.amax(dim=1, keepdim=True)
@@ -897,8 +896,8 @@ class KVCache:
         if torch.is_grad_enabled():  # autograd needs what it has recorded unchanged
             buffers[layer] = torch.cat((past, x), dim=2)
             return buffers[layer]
-        if buffers[layer].shape[2] < S:  # make room for as many tokens again, to copy seldom
-            with torch.inference_mode(False):  # whose tensors can only be written to within it
+        if buffers[layer].shape[2] < S:  # make room for S more tokens, so as to copy seldom
+            with torch.inference_mode(False):  # its tensors could not be written to outside of it
                 buffers[layer] = F.pad(past, (0, 0, 0, S))
         buffers[layer][:, :, past.shape[2] : S] = x
         return buffers[layer][:, :, :S]
@@ -909,8 +908,8 @@ def as_cache(past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
 
 
 class ModelOutput(dict):
-    """What a model returns: a dict, whose values are attributes, too (out.logits; None for what
-    is not there), and in their order a tuple (out[0], out[:2], out.to_tuple())."""
+    """What a model returns. It is a dict (out["logits"]), a record (out.logits, which is None if
+    there are none) and a tuple (out[0], out[:2], out.to_tuple())."""
 
     loss: Tensor | None
     logits: Tensor | None  # (B, T, V), or (B, num_labels) from the classifier
@@ -951,8 +950,8 @@ register_pytree_node(
 
 @lru_cache
 def xformers_kernel(D: int, dtype: torch.dtype, device: torch.device) -> Callable | None:
-    """xformers' attention, if it works for heads of size D. As that depends on the GPU, and on the
-    CUDA that xformers was built for, it is tried once."""
+    """xformers' attention, or None if it does not work for heads of size D. This is tried once, as
+    it depends on the GPU and on the CUDA that xformers was built for."""
     try:
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
@@ -979,7 +978,7 @@ def xformers_attention(kernel: Callable, documents: Tensor | None) -> Callable:
         causal = attn_bias.LowerTriangularMask()
         return lambda q, k, v, dropout_p: (kernel(q, k, v, attn_bias=causal, p=dropout_p), None)
 
-    real = documents.flatten().nonzero().squeeze(1)  # the places of all real tokens in B * T
+    real = documents.flatten().nonzero().squeeze(1)  # where real tokens stand among all B * T
     row = torch.arange(len(documents), device=documents.device)[:, None]
     apart = documents + row * (documents.max() + 1)  # now no two rows have a number in common
     lengths = torch.unique_consecutive(apart.flatten()[real], return_counts=True)[1]
@@ -1070,7 +1069,7 @@ def load_model(
         candidates = (name, f"model.{name}", name.removeprefix("model."))
         name = next((candidate for candidate in candidates if candidate in own), name)
         if name.split(".")[0] not in model.ignores and not name.endswith("inv_freq"):
-            tensors[name] = tensor  # but heads of other models, and what old files have of RoPE
+            tensors[name] = tensor  # old files hold inv_freq, which is computed here
     stored = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     fits = stored != set() and stored <= FLOATS
     expect(fits, f"{folder} has weights of {stored}: expected some of {FLOATS}")
@@ -1112,7 +1111,7 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict) 
 
 
 def context_length(config: OpenLlamaConfig) -> int:
-    """How many tokens a text may have for the model to make sense of it."""
+    """For how many tokens the model is made: those of its training, times the scaling's factor."""
     scaling = config.rope_scaling or {}
     return int(config.max_position_embeddings * scaling.get("factor", 1))
 
@@ -1124,13 +1123,13 @@ class Sampling:
 
     max_new_tokens: int | None = None  # None: up to max_length
     max_length: int | None = None  # of prompt and new tokens; None: the context_length
-    do_sample: bool = False  # draw tokens; False: the likeliest, whatever the next three say
-    temperature: float = 1.0  # scores are divided by it; 0: the likeliest
+    do_sample: bool = False  # draw tokens; False: take the likeliest, and ignore the next three
+    temperature: float = 1.0  # divides the scores; 0: take the likeliest
     top_k: int | None = None  # draw from the k likeliest
-    top_p: float | None = None  # of these, from the fewest whose probabilities reach p
-    repetition_penalty: float = 1.0  # above 1, what a row already holds gets less likely
-    eos_token_id: int | list[int] | Literal["config"] | None = "config"  # what ends a row
-    pad_token_id: int | None = None  # what follows; None: the config's, or else 0
+    top_p: float | None = None  # draw from the fewest of them whose probabilities sum up to p
+    repetition_penalty: float = 1.0  # above 1, tokens that a row holds get less likely
+    eos_token_id: int | list[int] | Literal["config"] | None = "config"  # ends a row; None: nothing
+    pad_token_id: int | None = None  # stands behind a row's end; None: the config's, or else 0
     num_return_sequences: int = 1  # continue each row so often; the results follow one another
     generator: torch.Generator | None = None  # draws the tokens; None: torch's own
     compile: bool = False  # compile the step from token to token: half a minute at first
@@ -1227,7 +1226,7 @@ def stream(
     mask = torch.ones_like(ids) if mask is None else mask
     expect(mask.shape in ((B, T), (1, T)), f"attention_mask: expected the shape {(B, T)}")
     mask = mask.expand(B, T)
-    own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # of the row's last document
+    own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # tokens of the last document
     last = last_true(own)[:, None]  # (B, 1): each row goes on behind this token
     fits = bool((own.any(dim=1, keepdim=True) & (last >= cache.length)).all())
     expect(fits, "empty prompt: a row has nothing but padding, or has it behind the cache")
@@ -1240,9 +1239,9 @@ def stream(
 
     def steps(cache: KVCache) -> Iterator[Tensor]:
         """Each step is one tensor, (B + 2,): the next token of each row, whether the scores are
-        finite, and whether all rows have ended. If weights are sharded, each process needs all
-        others for its steps, so the last number tells of the rows of all processes."""
-        seen = ids.where(own, ids.gather(1, last))  # only tokens that count for the penalty
+        finite, and whether all rows have ended. A step of sharded weights needs all processes, so
+        for them the last number is about the rows of all processes."""
+        seen = ids.where(own, ids.gather(1, last))  # the penalty is for tokens of this document
         ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
         prompt = {"attention_mask": mask, "logits_to_keep": last - cache.length}
         scores = next_scores(model, ids[:, cache.length :], past_key_values=cache, **prompt)
@@ -1266,12 +1265,12 @@ def stream(
 
     # inference mode is faster, but weights that FSDP gathers in it could not be trained any more
     mode = torch.no_grad() if sharded else torch.inference_mode()
-    made = mode(steps)(cache)  # each step in this mode, and what stands between them not
+    made = mode(steps)(cache)  # the mode is on while a step is made, and off between steps
     for n, (*tokens, is_finite, all_ended) in enumerate(read_steps(made, ids.device)):
         expect(is_finite, "the model's scores hold NaN or infinity")
         yield torch.tensor(tokens)
         if all_ended:
-            cache.length = min(cache.length, T + n)  # a GPU may have been one step ahead
+            cache.length = min(cache.length, T + n)  # takes back a step that was made ahead
             return
 
 
@@ -1281,8 +1280,8 @@ def next_scores(model: OpenLlamaForCausalLM, ids: Tensor, **inputs: object) -> T
 
 
 def read_steps(steps: Iterator[Tensor], device: torch.device) -> Iterator[list[int]]:
-    """The numbers of each step. On a GPU they are read when the next step has been launched: the
-    GPU would else wait for the CPU."""
+    """The numbers of each step. For a GPU, the next step is launched before these are read, or it
+    would have nothing to do while the CPU reads."""
     if device.type != "cuda":
         yield from (step.tolist() for step in steps)
         return
@@ -1297,12 +1296,11 @@ def read_steps(steps: Iterator[Tensor], device: torch.device) -> Iterator[list[i
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias, (..., C) to (..., len(weight)); faster on some CPUs if x is one token, as
-    PyTorch's product of one token uses one thread there (seen on AMD EPYC, and not on Intel Xeon).
+    """x weight' + bias, (..., C) to (..., len(weight)). On some CPUs PyTorch multiplies a single
+    token by one thread only (AMD EPYC does so, Intel Xeon does not); here all threads take part.
 
-    Compiled, the product is written as a sum, which torch.compile makes one loop of with what
-    stands around it. Else, for a large float32 matrix, it is a batch of 16 products with 16 blocks
-    of rows, which all threads share.
+    Compiled, the product is written as a sum, which torch.compile fuses with what stands around it.
+    Else a large float32 matrix is seen as 16 blocks of rows: threads share a batch of 16 products.
     """
     C = x.shape[-1]
     is_single = x.numel() == C and x.device.type == "cpu"
@@ -1323,8 +1321,8 @@ linear = fast_linear  # from now on, section 3 calls this
 
 class FixedKVCache(KVCache):
     """A cache for the compiled step: no tensor ever changes its shape or its place in memory. It
-    always gives all `capacity` positions, and marks those to come as padding. Its `length` is a
-    tensor, (1,), as compiled code would be made anew for each number."""
+    gives keys of all `capacity` positions, of which those to come are marked as padding. `length`
+    is a tensor, (1,), as torch.compile would compile again for each new number."""
 
     def __init__(self, cache: KVCache, S: int):
         """Continue a cache, up to S tokens."""
@@ -1338,18 +1336,17 @@ class FixedKVCache(KVCache):
         documents = cache.extended_documents(rest)
         self.documents = self.length.new_ones(1, self.capacity) if documents is None else documents
         for tensor in (*self.keys, *self.values, self.documents, self.length):
-            # CUDA graphs may write to it; guard=False, as the code serves other caches, too
+            # lets a CUDA graph write to it; guard=False: other caches run the same code
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def begin(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-        new = self.length + torch.arange(x.shape[1], device=x.device)
-        self.length.add_(x.shape[1])
+        new = self.length.clone()  # a step has one new token
+        self.length += 1
         there = torch.arange(self.documents.shape[1], device=x.device) < self.length
         return new, self.documents * there
 
     def extend(self, buffers: list[Tensor], layer: int, x: Tensor) -> Tensor:
-        new = self.length - x.shape[2] + torch.arange(x.shape[2], device=x.device)
-        return buffers[layer].index_copy_(2, new, x)
+        return buffers[layer].index_copy_(2, self.length - 1, x)
 
 
 # --- 12. Text --------------------------------------------------------------------------------
@@ -1359,7 +1356,9 @@ class NumberTokenizer:
     """Ids as numbers, in place of text: "1,2,3", or with spaces."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        return [int(number) for number in text.replace(",", " ").split()]
+        words = text.replace(",", " ").split()
+        expect(all(word.isdecimal() for word in words), f"{text!r}: expected ids, as in 1,2,3")
+        return [int(word) for word in words]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{number} " for number in ids)
@@ -1456,8 +1455,8 @@ def load_tokenizer(
 
 
 def chat_format(folder: Path) -> Callable[[list[dict]], str]:
-    """What writes messages, each {"role": "user" or "assistant", "content": text}, as the text to
-    be continued: the checkpoint's template, or Open-Llama's format where it has none."""
+    """A function that writes messages, {"role": "user" or "assistant", "content": text}, as a text
+    to continue: the checkpoint's template, or Open-Llama's own format."""
     settings = read_json(folder / "tokenizer_config.json", optional=True)
     if "chat_template" not in settings and not (folder / "chat_template.jinja").is_file():
         return open_llama_chat
@@ -1478,10 +1477,10 @@ def stream_text(
 ) -> Iterator[str]:
     """The text of the new ids as they come, in whole characters, up to the first of `stops`.
 
-    Decoded alone, an id would lose its leading space, and bytes their character. So it is decoded
-    with all that are new, and the last ones of the prompt.
+    An id that is decoded alone loses its leading space, and bytes alone are no character. So all
+    new ids are decoded together, behind a few of the prompt.
     """
-    ids = prompt[-16:]  # enough for a character or a space to be whole
+    ids = prompt[-16:]
     text = decode(ids)
     shown = len(text)
     longest = max((len(stop) for stop in stops), default=1)
@@ -1519,7 +1518,7 @@ def demo_checkpoint(folder: Path) -> Path:
     lines = torch.tensor([0] + [n + 1 for n, letter in enumerate(text) if letter == "\n"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=400)
-    for step in range(400):  # from the beginnings of lines on; behind its end, the text begins anew
+    for step in range(400):  # each row begins with a line, and goes round the text as a ring
         B, T = (4, 160) if step % 4 else (1, len(data))
         starts = lines[torch.randint(len(lines), (B, 1))]
         batch = data[(starts + torch.arange(T)) % len(data)]  # (B, T)
@@ -1570,8 +1569,8 @@ def log(message: str) -> None:
 
 @dataclass
 class Writer:
-    """Continues texts on stdout. It keeps the last text and its cache: a prompt that begins with
-    what is cached need not be computed from its beginning."""
+    """Continues texts on stdout. It keeps the last text and its cache, so that a prompt that begins
+    with the cached tokens is computed from there on."""
 
     model: OpenLlamaForCausalLM
     decode: Callable[[list[int]], str]
@@ -1604,8 +1603,8 @@ class Writer:
 
 
 def hold_chat(writer: Writer, encode: Callable, write_turns: Callable, questions: Iterable) -> None:
-    """Answer each question. When a conversation gets too long, its oldest turns are dropped, so
-    that a quarter of the context is free."""
+    """Answer each question. The oldest turns are dropped from a prompt that fills more than three
+    quarters of the context."""
     room = context_length(writer.model.config) * 3 / 4
     turns = []
     for question in questions:
@@ -1617,7 +1616,7 @@ def hold_chat(writer: Writer, encode: Callable, write_turns: Callable, questions
         try:
             writer.write(ids)
         except KeyboardInterrupt:
-            writer.cache = KVCache()  # the old one may hold a part of a step
+            writer.cache = KVCache()  # in the old one, not all layers may have the last token
             print(flush=True)
         turns.append({"role": "assistant", "content": writer.text})
 
@@ -1681,7 +1680,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # when Python ends, it writes what is left in its buffer, and would fail again
+        # or Python would fail again when it ends, and writes what its buffer still holds
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
