@@ -415,6 +415,7 @@ class OpenLlamaPreTrainedModel(nn.Module):
     config_class = OpenLlamaConfig
     accepts_loss_kwargs = False  # transformers' Trainer asks whether forward has num_items_in_batch
     ignores: tuple[str, ...] = ()  # modules of other models, which loading passes over
+    may_lack: tuple[str, ...] = ()  # weights that loading draws if a checkpoint lacks them
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__()
@@ -700,6 +701,7 @@ class OpenLlamaForSequenceClassification(OpenLlamaPreTrainedModel):
     """A classifier: `score` of the last real token of each row."""
 
     ignores = ("lm_head",)
+    may_lack = ("score.weight",)
 
     def __init__(self, config: OpenLlamaConfig):
         super().__init__(config)
@@ -877,7 +879,7 @@ class KVCache:
         """The documents of all tokens, if T more continue each row's last document."""
         if self.documents is None:
             return None
-        last = self.documents.amax(dim=1, keepdim=True)
+        last = self.documents.amax(dim=1, keepdim=True).clamp(min=1)
         return torch.cat((self.documents[:, : self.length], last.expand(-1, T)), dim=1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -898,7 +900,7 @@ class KVCache:
             return buffers[layer]
         if buffers[layer].shape[2] < S:  # make room for S more tokens, so as to copy seldom
             with torch.inference_mode(False):  # its tensors could not be written to outside of it
-                buffers[layer] = F.pad(past, (0, 0, 0, S))
+                buffers[layer] = F.pad(past.detach(), (0, 0, 0, S))
         buffers[layer][:, :, past.shape[2] : S] = x
         return buffers[layer][:, :, :S]
 
@@ -1077,6 +1079,10 @@ def load_model(
     dtype = dtype or reduce(torch.promote_types, stored)
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    for name in set(cls.may_lack) - tensors.keys():
+        warnings.warn(f"{folder} has no {name}: it starts untrained", stacklevel=3)
+        fresh = torch.randn(own[name].shape, dtype=dtype, device=device)
+        tensors[name] = fresh * config.initializer_range
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -1208,8 +1214,7 @@ def stream(
     attention_mask: as input_ids; 0 for padding, left or right. A row gives what it would alone.
     past_key_values: a cache of the first tokens of input_ids, which are not computed again. It is
       extended in place; with compile=True it gets the prompt alone.
-    settings: the fields of Sampling; or sampling: all in one object.
-    """
+    settings: the fields of Sampling; or sampling: all in one object."""
     sampling = sampling or Sampling(**settings)
     cache = as_cache(past_key_values)
     ids = as_rows(input_ids, model.device)
@@ -1217,8 +1222,8 @@ def stream(
     B, T = ids.shape
     V = model.config.vocab_size
     expect(cache.length < T, f"empty prompt: {T} tokens, of which {cache.length} are in the cache")
-    is_known = bool(((ids >= 0) & (ids < V)).all())
-    expect(is_known, f"input_ids hold ids that are not in a vocabulary of {V}")
+    fits = bool(((ids >= 0) & (ids < V)).all())
+    expect(fits, f"input_ids hold ids that are not in a vocabulary of {V}")
     mask = cache.extended_documents(T - cache.length)
     if attention_mask is not None:
         mask = as_rows(attention_mask, model.device)
@@ -1503,7 +1508,7 @@ def stream_text(
 
 def demo_checkpoint(folder: Path) -> Path:
     """A byte-level model that knows the Zen of Python by heart, trained on first use."""
-    if (folder / WEIGHTS).is_file():
+    if (folder / "tokenizer_config.json").is_file():  # which is written last
         return folder
     log("training the demo, which takes some 20 seconds")
     torch.manual_seed(0)
@@ -1673,8 +1678,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 where
-    nobody reads stdout any more."""
+    """Exit status: 0, 2 after an error, 130 after Ctrl-C, 141 if nobody reads stdout any more."""
     try:
         run(parse_arguments(argv))
     except KeyboardInterrupt:

@@ -757,6 +757,7 @@ def test_impossible_settings_are_refused_by_name():
 
 
 ONES = torch.ones(2, 3, dtype=torch.long)
+BEHIND = ([4, 5, 0], [1, 1, 0])  # behind a cache of two tokens there is nothing but padding
 
 
 @pytest.mark.parametrize(
@@ -778,6 +779,7 @@ ONES = torch.ones(2, 3, dtype=torch.long)
             "attention_mask: expected the shape (2, 3)",
         ),
         (lambda model: model.generate([5, 6], [0, 0]), "nothing but padding"),
+        (lambda model: model.generate(*BEHIND, model(ONES[:1, :2])[1]), "behind the cache"),
         (lambda model: model.generate(ONES, max_new_tokens=0), "max_new_tokens=0"),
         (lambda model: model.generate(ONES, max_length=3), "max_length"),
         (lambda model: model.generate(ONES, temperature=-0.1), "temperature=-0.1"),
@@ -905,10 +907,11 @@ def test_checkpoints_load_into_the_other_models(tmp_path):
     model.save_pretrained(tmp_path / "lm")
     bare = OpenLlamaModel.from_pretrained(tmp_path / "lm")
     assert_equal_models(bare, model.model)
-    with pytest.raises(ValueError, match=r"score\.weight"):
-        OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "lm")
-    classifier = OpenLlamaForSequenceClassification(model.config).bfloat16()
-    classifier.model = bare
+    with pytest.warns(UserWarning, match="score"):
+        classifier = OpenLlamaForSequenceClassification.from_pretrained(tmp_path / "lm")
+    assert_equal_models(classifier.model, model.model)
+    assert classifier.score.weight.std() > 0 and classifier.score.weight.requires_grad
+    assert {x.dtype for x in classifier.parameters()} == {torch.bfloat16}  # the fresh head's, too
     classifier.save_pretrained(tmp_path / "classifier")
     assert_equal_models(OpenLlamaModel.from_pretrained(tmp_path / "classifier"), model.model)
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
@@ -1144,6 +1147,15 @@ def test_scores_that_are_no_numbers_are_an_error_before_their_token(launching, v
     with pytest.raises(ValueError, match="scores hold NaN or infinity"):
         given.extend(model.stream(ONES, max_new_tokens=6, do_sample=do_sample))
     assert len(given) == 2
+
+
+@torch.no_grad()
+def test_what_follows_a_cache_of_padding_alone_is_a_document():
+    model, ids = tiny(), batch("none")[0]
+    cache = model(ids[:, :5], torch.tensor([[0] * 5, [1] * 5])).past_key_values
+    logits = model(ids[:, 5:], past_key_values=cache).logits
+    assert_close(logits[0], model(ids[:1, 5:]).logits[0])
+    assert_close(logits[1], model(ids[1:]).logits[0, 5:])
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -1962,7 +1974,7 @@ NEVER = " never pass silently."  # 21 letters, as many as this table asks for
         (f"{ERRORS} --stop Unless --stop '\\n' --max-new-tokens 99", "", NEVER, ""),
         (f"{ERRORS} --max-new-tokens 1", "", " ", ""),
         ("--device abacus", "", None, "abacus"),
-        ("--prompt-ids 1,x", "", None, "'x'"),
+        ("--prompt-ids 1,x", "", None, "'1,x': expected ids"),
         ("--prompt-ids 1 --stop 5", "", None, "--stop"),
         ("--prompt-file /no/such/file", "", None, "/no/such/file"),
         ("--checkpoint s-JoL/Open-Llama-V2", "", None, "hf download s-JoL/Open-Llama-V2"),
