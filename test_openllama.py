@@ -779,7 +779,10 @@ BEHIND = ([4, 5, 0], [1, 1, 0])  # behind a cache of two tokens there is nothing
             "attention_mask: expected the shape (2, 3)",
         ),
         (lambda model: model.generate([5, 6], [0, 0]), "nothing but padding"),
-        (lambda model: model.generate(*BEHIND, model(ONES[:1, :2])[1]), "behind the cache"),
+        (
+            lambda model: model.generate(*BEHIND, past_key_values=model(ONES[:1, :2])[1]),
+            "behind the cache",
+        ),
         (lambda model: model.generate(ONES, max_new_tokens=0), "max_new_tokens=0"),
         (lambda model: model.generate(ONES, max_length=3), "max_length"),
         (lambda model: model.generate(ONES, temperature=-0.1), "temperature=-0.1"),
