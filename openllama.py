@@ -1060,8 +1060,7 @@ def load_model(
     are stored in. On the CPU weights are mapped from the file."""
     config = cls.config_class.from_pretrained(folder)
     found = read_tensors(folder)
-    count = len(found)
-    expect(config.num_hidden_layers <= count, f"num_hidden_layers above the {count} tensors there")
+    expect(config.num_hidden_layers <= len(found), f"num_hidden_layers above {len(found)} tensors")
     with torch.device("meta"):  # shapes without memory
         model = cls(config)
     own = model.state_dict()
@@ -1468,6 +1467,7 @@ def chat_format(folder: Path) -> Callable[[list[dict]], str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    expect(hasattr(tokenizer, "apply_chat_template"), "chat templates need transformers >= 4.34")
     return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
 
 
@@ -1644,7 +1644,8 @@ def read_prompt(args: argparse.Namespace) -> str:
         return args.prompt_file.read_text("utf-8").removesuffix("\n")  # which editors append
     if args.prompt == "-":
         return sys.stdin.read().removesuffix("\n")
-    return args.prompt_ids or args.prompt or ""
+    default = "Beautiful is better" if args.checkpoint is None and not args.chat else ""
+    return args.prompt_ids or args.prompt or default
 
 
 def run(args: argparse.Namespace) -> None:
@@ -1654,7 +1655,6 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = demo_checkpoint(Path(cache) / "openllama-zen")
-        prompt = prompt or "Beautiful is better"
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = OpenLlamaForCausalLM.from_pretrained(folder, dtype=args.dtype, device=device)
     seed = torch.seed() if args.seed is None else args.seed

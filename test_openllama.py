@@ -2187,6 +2187,7 @@ def test_a_chat_goes_on_from_its_cache_as_from_the_whole_text(run, demo, monkeyp
     assert sum(lengths) == 2 * (len(out) - 1) + begun  # no token twice, and the last not at all
     lengths.clear()
     assert run(line).status == (130 if interrupted else 0)  # without a chat, it ends the program
+    assert run("--chat").out == ""  # nobody has asked anything
 
 
 def test_a_chat_drops_its_oldest_turns_and_says_so(run, tmp_path, asked):
