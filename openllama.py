@@ -1192,12 +1192,12 @@ def generate(
     return torch.cat((ids, new.to(ids.device)), dim=1)
 
 
-def as_rows(ids: Ids, device: torch.device) -> Tensor:
+def as_rows(ids: Ids, device: torch.device, copies: int = 1) -> Tensor:
     """Ids or a mask as (B, T), of which (T,) is one row. A list becomes a tensor on the device."""
     expect(not isinstance(ids, str), f"{ids!r}: expected ids, which a tokenizer makes of a text")
     if isinstance(ids, list):
         ids = torch.tensor(ids, dtype=torch.long, device=device)
-    return torch.atleast_2d(ids)
+    return torch.atleast_2d(ids).repeat_interleave(copies, dim=0)
 
 
 def stream(
@@ -1216,8 +1216,7 @@ def stream(
     settings: the fields of Sampling; or sampling: all in one object."""
     sampling = sampling or Sampling(**settings)
     cache = as_cache(past_key_values)
-    ids = as_rows(input_ids, model.device)
-    ids = ids.repeat_interleave(sampling.num_return_sequences, dim=0)
+    ids = as_rows(input_ids, model.device, sampling.num_return_sequences)
     B, T = ids.shape
     V = model.config.vocab_size
     expect(cache.length < T, f"empty prompt: {T} tokens, of which {cache.length} are in the cache")
@@ -1225,57 +1224,59 @@ def stream(
     expect(fits, f"input_ids hold ids that are not in a vocabulary of {V}")
     mask = cache.extended_documents(T - cache.length)
     if attention_mask is not None:
-        mask = as_rows(attention_mask, model.device)
-        mask = mask.repeat_interleave(sampling.num_return_sequences, dim=0)
+        mask = as_rows(attention_mask, model.device, sampling.num_return_sequences)
     mask = torch.ones_like(ids) if mask is None else mask
     expect(mask.shape in ((B, T), (1, T)), f"attention_mask: expected the shape {(B, T)}")
-    mask = mask.expand(B, T)
-    own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # tokens of the last document
-    last = last_true(own)[:, None]  # (B, 1): each row goes on behind this token
-    fits = bool((own.any(dim=1, keepdim=True) & (last >= cache.length)).all())
-    expect(fits, "empty prompt: a row has nothing but padding, or has it behind the cache")
-    count = sampling.max_new_tokens or (sampling.max_length or context_length(model.config)) - T
-    expect(count > 0, f"a prompt of {T} tokens leaves no room below max_length={T + count}")
-
-    sharded = hasattr(model, "unshard")  # a method that FSDP's fully_shard adds
-    pad = next(n for n in (sampling.pad_token_id, model.config.pad_token_id, 0) if n is not None)
-    ends = torch.tensor(sampling.ends(model.config), dtype=torch.long, device=ids.device)
-
-    def steps(cache: KVCache) -> Iterator[Tensor]:
-        """Each step is one tensor, (B + 2,): the next token of each row, whether the scores are
-        finite, and whether all rows have ended. A step of sharded weights needs all processes, so
-        for them the last number is about the rows of all processes."""
-        seen = ids.where(own, ids.gather(1, last))  # the penalty is for tokens of this document
-        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        prompt = {"attention_mask": mask, "logits_to_keep": last - cache.length}
-        scores = next_scores(model, ids[:, cache.length :], past_key_values=cache, **prompt)
-        step = next_scores
-        if sampling.compile:
-            cache = FixedKVCache(cache, T + count)
-            step = torch.compile(next_scores, mode="reduce-overhead")  # torch keeps the code
-        for n in itertools.count(1):
-            finite = scores.amax(dim=-1).isfinite().all()
-            token = sampling.choose(scores.where(finite, 0.0), seen)  # multinomial crashes on NaN
-            token = token.where(~ended, pad)
-            ended = ended | torch.isin(token, ends) | (n >= count)
-            seen = torch.cat((seen, token[:, None]), dim=1)
-            flags = torch.stack((finite, ended.all())).long()
-            if sharded:
-                dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-            yield torch.cat((token, flags))
-            if n == count and not sharded:  # else other processes may need more steps
-                return
-            scores = step(model, token[:, None], past_key_values=cache, logits_to_keep=1)
 
     # inference mode is faster, but weights that FSDP gathers in it could not be trained any more
-    mode = torch.no_grad() if sharded else torch.inference_mode()
-    made = mode(steps)(cache)  # the mode is on while a step is made, and off between steps
-    for n, (*tokens, is_finite, all_ended) in enumerate(read_steps(made, ids.device)):
+    mode = torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode()
+    steps = mode(sample_steps)(model, ids, mask.expand(B, T), cache, sampling)  # off between steps
+    for n, (*tokens, is_finite, all_ended) in enumerate(read_steps(steps, ids.device)):
         expect(is_finite, "the model's scores hold NaN or infinity")
         yield torch.tensor(tokens)
         if all_ended:
             cache.length = min(cache.length, T + n)  # takes back a step that was made ahead
             return
+
+
+def sample_steps(
+    model: OpenLlamaForCausalLM, ids: Tensor, mask: Tensor, cache: KVCache, sampling: Sampling
+) -> Iterator[Tensor]:
+    """Each step is one tensor, (B + 2,): the next token of each row, whether the scores are finite,
+    and whether all rows have ended. A step of sharded weights needs all processes, so for them the
+    last number is about the rows of all processes."""
+    B, T = ids.shape
+    count = sampling.max_new_tokens or (sampling.max_length or context_length(model.config)) - T
+    expect(count > 0, f"a prompt of {T} tokens leaves no room below max_length={T + count}")
+    own = (mask != 0) & (mask == mask.amax(dim=1, keepdim=True))  # tokens of the last document
+    last = last_true(own)[:, None]  # (B, 1): each row goes on behind this token
+    fits = bool((own.any(dim=1, keepdim=True) & (last >= cache.length)).all())
+    expect(fits, "empty prompt: a row has nothing but padding, or has it behind the cache")
+    sharded = hasattr(model, "unshard")  # a method that FSDP's fully_shard adds
+    pad = next(n for n in (sampling.pad_token_id, model.config.pad_token_id, 0) if n is not None)
+    ends = torch.tensor(sampling.ends(model.config), dtype=torch.long, device=ids.device)
+    seen = ids.where(own, ids.gather(1, last))  # the penalty is for tokens of this document
+    ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    prompt = {"attention_mask": mask, "logits_to_keep": last - cache.length}
+    scores = next_scores(model, ids[:, cache.length :], past_key_values=cache, **prompt)
+    step = next_scores
+    if sampling.compile:
+        cache = FixedKVCache(cache, T + count)
+        step = torch.compile(next_scores, mode="reduce-overhead")  # torch keeps the code
+    for n in itertools.count(1):
+        finite = scores.amax(dim=-1).isfinite().all()
+        token = sampling.choose(scores.where(finite, 0.0), seen)  # multinomial crashes on NaN
+        token = token.where(~ended, pad)
+        ended = ended | torch.isin(token, ends) | (n >= count)
+        if sampling.repetition_penalty != 1:
+            seen = torch.cat((seen, token[:, None]), dim=1)
+        flags = torch.stack((finite, ended.all())).long()
+        if sharded:
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        yield torch.cat((token, flags))
+        if n == count and not sharded:  # else other processes may need more steps
+            return
+        scores = step(model, token[:, None], past_key_values=cache, logits_to_keep=1)
 
 
 def next_scores(model: OpenLlamaForCausalLM, ids: Tensor, **inputs: object) -> Tensor:
@@ -1308,8 +1309,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     C = x.shape[-1]
     is_single = x.numel() == C and x.device.type == "cpu"
-    is_plain = bias is None and type(weight) is nn.Parameter  # and not quantised or sharded
-    if not (is_single and is_plain):
+    if not is_single or bias is not None or type(weight) is not nn.Parameter:  # sharded, quantised
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
         return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
