@@ -130,8 +130,8 @@ class OpenLlamaConfig:
 
     def check_rope_scaling(self) -> None:
         settings = dict(self.rope_scaling or {})
-        scaling = SCALINGS.get(settings.pop("type", None))
-        fits = scaling is not None and settings.keys() == {*scaling.settings}
+        kind = settings.pop("type", None)
+        fits = kind in list(SCALINGS) and settings.keys() == {*SCALINGS[kind].settings}
         fits = fits and all(isinstance(n, Number) and n >= 1 for n in settings.values())
         expected = f"None, or a type of {list(SCALINGS)} with its settings, numbers from 1"
         self.check("rope_scaling", fits, expected)
@@ -1072,9 +1072,9 @@ def load_model(
         if name.split(".")[0] not in model.ignores and not name.endswith("inv_freq"):
             tensors[name] = tensor  # old files hold inv_freq, which is computed here
     stored = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    fits = stored != set() and stored <= FLOATS
-    expect(fits, f"{folder} has weights of {stored}: expected some of {FLOATS}")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    fits = stored != set() and stored | {dtype or torch.float32} <= FLOATS
+    expect(fits, f"weights of {stored} cannot be read as {dtype}: expected some of {FLOATS}")
     dtype = dtype or reduce(torch.promote_types, stored)
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -1109,7 +1109,7 @@ def save_model(model: OpenLlamaPreTrainedModel, folder: Path, state_dict: dict) 
     (folder / "config.json").unlink(missing_ok=True)
     new_weights.replace(folder / WEIGHTS)
     (folder / "config.json").write_text(text, encoding="utf-8")
-    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # others may read it, too
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # safetensors makes it 0600
 
 
 # --- 10. Sampling ----------------------------------------------------------------------------

@@ -742,7 +742,7 @@ IMPOSSIBLE = {
     "problem_type": ["guessing"],
     "use_stable_embedding": ["false"],
     "rope_scaling": [
-        *({"type": "linear", "factor": "2"}, {"type": "linear"}),
+        *({"type": "linear", "factor": "2"}, {"type": "linear"}, {"type": []}),
         *({"type": "yarn", "factor": 2.0}, {"type": "dynamic", "factor": 0.5}),
         {"type": "linear", "factor": 2.0, "beta_fast": 32},
     ],
@@ -881,7 +881,7 @@ MODELS = (OpenLlamaModel, OpenLlamaForCausalLM, OpenLlamaForSequenceClassificati
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_checkpoint_survives_its_files_and_replaces_shards_alone(tmp_path, kind, shards):
+def test_a_checkpoint_survives_its_files_and_leaves_others_alone(tmp_path, kind, shards):
     folder = tmp_path / "checkpoint"
     model = tiny(kind, shared_input_output_embedding=False, use_stable_embedding=not shards)
     model.save_pretrained(folder)
@@ -902,7 +902,8 @@ def test_a_checkpoint_survives_its_files_and_replaces_shards_alone(tmp_path, kin
         (folder / name).write_text("mine")
     loaded.save_pretrained(folder)  # over the very files that it is mapped from
     assert_equal_models(kind.from_pretrained(folder), model)
-    assert {"config.json", WEIGHTS} | mine <= set(os.listdir(folder))
+    unread = {INDEX, "part-0.safetensors"} if shards else set()  # as there is the one file now
+    assert set(os.listdir(folder)) == {"config.json", WEIGHTS} | mine | unread
 
 
 def test_checkpoints_load_into_the_other_models(tmp_path):
@@ -966,7 +967,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # as if the disk were full then
     try:
-        with pytest.raises((OSError, SafetensorError)):
+        with pytest.raises((OSError, SafetensorError), match="File too large"):
             tiny(seed=2, num_hidden_layers=3).save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -995,18 +996,22 @@ class Counting(OpenLlamaPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)  # the decoder has one of this name
 
 
-def test_a_type_is_for_weights_and_not_for_integers(tmp_path):
+def test_a_type_may_be_a_word_and_is_not_for_integers(tmp_path):
     model = Counting(tiny().config)
     model.norm.weight.data.fill_(5.0)
     model.save_pretrained(tmp_path)
-    for dtype in (None, torch.float32, torch.bfloat16):
-        loaded = Counting.from_pretrained(tmp_path, dtype=dtype)
-        assert_equal_models(loaded, copy.deepcopy(model).to(dtype or torch.float32))
+    for given in (None, torch.float32, "bfloat16", torch.bfloat16):
+        dtype = torch.float32 if given in (None, torch.float32) else torch.bfloat16
+        loaded = Counting.from_pretrained(tmp_path, dtype=given)
+        assert_equal_models(loaded, copy.deepcopy(model).to(dtype))
+    for wrong in ("bfloat17", "int8", torch.int8, "nn", 5):
+        with pytest.raises(ValueError, match=r"expected .*torch\.float32"):
+            Counting.from_pretrained(tmp_path, dtype=wrong)
     for dtype in (torch.float8_e4m3fn, torch.int64, torch.bool):
         for names in (["model.norm.weight"], dict(model.named_parameters())):
             weights = {name: torch.ones(32).to(dtype) for name in names}
             model.save_pretrained(tmp_path, state_dict=model.state_dict() | weights)
-            with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            with pytest.raises(ValueError, match=r"cannot be read|floating point"):
                 Counting.from_pretrained(tmp_path)
 
 
@@ -1537,7 +1542,7 @@ def test_sharded_over_data_and_heads_it_is_the_same_model(tmp_path, monkeypatch)
     for name, weight in model.state_dict().items():
         off = (trained[name] - weight).norm() / weight.norm()
         # where a gradient is round-off alone, AdamW makes a whole step of 1e-3 of it
-        assert off < 1e-4, name
+        assert off < 5e-5, name
     assert '"OpenLlamaForCausalLM"' in Path("trained/config.json").read_text()  # not FSDP's name
     results, replicated = torch.load("results")
     for (data, tensor, _, model, end), (grads, texts) in zip(cases, results, strict=True):
