@@ -1073,7 +1073,7 @@ def load_model(
             tensors[name] = tensor  # old files hold inv_freq, which is computed here
     stored = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    fits = stored != set() and stored | {dtype or torch.float32} <= FLOATS
+    fits = stored != set() and stored | {dtype} <= FLOATS | {None}
     expect(fits, f"weights of {stored} cannot be read as {dtype}: expected some of {FLOATS}")
     dtype = dtype or reduce(torch.promote_types, stored)
     for name, tensor in tensors.items():
